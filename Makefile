@@ -1,0 +1,58 @@
+# Thin: every target calls one job of scripts/. `make help` lists them.
+PYTHON ?= python3
+PY := .venv/bin/python
+STACK := $(PY) -m scripts.stack
+# CUDA=118|121|130|cpu and RUNTIME=docker|host; settings of .env.example may be given likewise.
+CHOICE := $(if $(CUDA),--cuda $(CUDA)) $(if $(RUNTIME),--runtime $(RUNTIME))
+URL ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help up down status logs build download smoke test lint lock engine
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+up: .venv/host ## Bring the endpoint up: make up [CUDA=121] [RUNTIME=docker|host] [PORT=8000]
+	@$(STACK) up $(CHOICE)
+
+down: .venv/host ## Stop everything that `make up` started; models and images stay
+	@$(STACK) down $(CHOICE)
+
+status: .venv/host ## Show what runs
+	@$(STACK) status $(CHOICE)
+
+logs: .venv/host ## Follow the logs
+	@$(STACK) logs $(CHOICE)
+
+build: .venv/host ## Build the images (or the environments of the host runtime)
+	@$(STACK) build $(CHOICE)
+
+download: .venv/host ## Bring the model
+	@$(STACK) download $(CHOICE)
+
+smoke: .venv/dev ## Check a running endpoint: make smoke [URL=http://127.0.0.1:8000]
+	@$(PY) -m pytest -q tests/smoke $(if $(URL),--url $(URL))
+
+test: .venv/dev ## Run all tests (needs a Docker engine; `make engine` brings one up)
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m pytest $(TESTS)
+
+lint: .venv/dev ## Correct the form of the code
+	@$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
+
+lock: .venv/host ## Compile a lock file: make lock CUDA=cpu|download|uv|host
+	@$(PY) -m scripts.lock $(CUDA)
+
+engine: .venv/host ## Bring up a Docker engine on a Debian host, as root
+	@$(PY) -m scripts.engine
+
+.venv/host: scripts/host.lock
+	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: $(PYTHON) lacks venv or is older than 3.11; on Debian: apt-get install python3-venv"; exit 1; }
+	@echo "preparing .venv"
+	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+.venv/dev: tests/dev.lock .venv/host
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@

@@ -1,0 +1,203 @@
+"""The docker runtime: build, download, start and stop through Docker Compose."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from python_on_whales import Container, DockerClient
+from python_on_whales.exceptions import DockerException
+
+from scripts import errors, plan
+from scripts.plan import ROOT, Plan
+
+# What `make engine` makes where no registry answers.
+LOCAL_BASE = "glm4-stack-base:bookworm"
+# start_interval of a healthcheck, and `required: false` of a dependency.
+_LEAST_ENGINE, _LEAST_COMPOSE = (25, 0), (2, 24)
+_PULL_SECONDS = 60
+
+
+class ComposeRuntime:
+    """The services of compose.yaml under the plan's environment."""
+
+    def __init__(self, chosen: Plan) -> None:
+        self.plan = chosen
+        # The command line client takes its settings from our environment, as a user's shell would.
+        os.environ.update(chosen.environ)
+        self.docker = DockerClient(
+            compose_files=[ROOT / "compose.yaml"],
+            compose_env_files=[str(file) for file in chosen.env_files],
+        )
+
+    def check(self) -> None:
+        """Raise when the engine, the port or the disk cannot serve the plan; changes nothing."""
+        if not self.plan.variant.lock.exists():
+            raise errors.BuildFailed(
+                f"{self.plan.variant.lock.name} is not there", "a lock file", "see images/"
+            )
+        try:
+            info = self.docker.system.info()
+        except (DockerException, OSError) as error:
+            raise errors.EngineMissing(
+                f"no Docker engine answers: {_last_line(error)}",
+                "a running engine that this user may use",
+                "start Docker; or `make engine` on Debian as root; or make up RUNTIME=host",
+            ) from error
+        self._check_version("Docker engine", info.server_version or "", _LEAST_ENGINE)
+        self._check_version("Docker Compose", self._compose_version(), _LEAST_COMPOSE)
+        runtime = self.plan.environ.get("CONTAINER_RUNTIME") or "nvidia"
+        if runtime not in (info.runtimes or {}):
+            raise errors.HostUnfit(
+                f"the Docker engine has no runtime {runtime!r}, only"
+                f" {', '.join(info.runtimes or {})}",
+                "the NVIDIA Container Toolkit, for a container to see the GPU",
+                "install nvidia-container-toolkit, run `nvidia-ctk runtime configure"
+                " --runtime=docker`, and restart Docker",
+            )
+        if not self._serving():
+            plan.check_port(self.plan)
+        if not self._built():
+            # The installed environment, its copy in the layer, and the cache of wheels.
+            room = 3 * self.plan.variant.size_gb
+            plan.check_room(Path(info.docker_root_dir or "/"), room, "building the images")
+
+    @staticmethod
+    def _check_version(what: str, found: str, least: tuple[int, int]) -> None:
+        number = tuple(int(part) for part in found.lstrip("v").split(".")[:2] if part.isdigit())
+        if number < least:
+            raise errors.EngineMissing(
+                f"{what} {found or 'is missing'}",
+                f"{what} {least[0]}.{least[1]} or newer",
+                "update Docker (docs.docker.com/engine/install); or make up RUNTIME=host",
+            )
+
+    def _compose_version(self) -> str:
+        command = [*self.docker.client_config.docker_cmd, "compose", "version", "--short"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        return done.stdout.strip()
+
+    def _images(self) -> list[str]:
+        services = self.docker.compose.config().services
+        return [services[name].image for name in ("download", "serve")]
+
+    def _built(self) -> bool:
+        return all(self.docker.image.exists(image) for image in self._images())
+
+    def _serving(self) -> Container | None:
+        found = self.docker.compose.ps(services=["serve"], all=True)
+        running = [container for container in found if container.state.status == "running"]
+        return running[0] if running else None
+
+    def _run(self, *arguments: str, timeout: float | None = None) -> int:
+        """Run `docker compose ...` on this terminal, so that its progress is seen live."""
+        command = [*self.docker.client_config.docker_compose_cmd, *arguments]
+        return subprocess.run(command, timeout=timeout).returncode
+
+    def _base(self) -> str:
+        """Return the base image: the one named, or the local one when that cannot be had."""
+        named = os.environ.get("BASE_IMAGE") or "python:3.11-slim-bookworm"
+        if self.docker.image.exists(named):
+            return named
+        print(f"build: pulling the base image {named}", flush=True)
+        command = [*self.docker.client_config.docker_cmd, "pull", "--quiet", named]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PULL_SECONDS)
+            failure = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        except subprocess.TimeoutExpired:
+            failure = [f"no answer in {_PULL_SECONDS} s"]
+        if not failure:
+            return named
+        if self.docker.image.exists(LOCAL_BASE):
+            print(
+                f"build: {named} cannot be pulled ({failure[0]});"
+                f" using the local base image {LOCAL_BASE}",
+                flush=True,
+            )
+            return LOCAL_BASE
+        raise errors.BuildFailed(
+            f"the base image {named} cannot be pulled: {failure[0]}",
+            "a base image with Python 3.11 on Debian 12",
+            "set BASE_IMAGE in .env to a copy on a registry that you reach, or run `make engine`"
+            " on a Debian host, which makes one from Debian's own packages",
+        )
+
+    def build(self) -> None:
+        """Build the images of the plan; what is unchanged comes from the cache."""
+        os.environ["BASE_IMAGE"] = self._base()
+        git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=30).stdout.strip()
+        os.environ["REVISION"] = os.environ.get("REVISION") or revision or "unknown"
+        if self._run("build", "download", "serve"):
+            raise errors.BuildFailed(
+                "the build ended with an error",
+                "an index that has every wheel of the lock",
+                "read the build's own error above; PIP_INDEX_URL names a mirror, WHEELS a folder"
+                " of wheels",
+            )
+
+    def download(self) -> None:
+        """Run the one-shots that bring the model into the volume."""
+        terminal = [] if sys.stdout.isatty() else ["--no-TTY"]
+        services = ["rehearsal", "download"] if self.plan.rehearsal else ["download"]
+        for service in services:
+            code = self._run("run", "--rm", *terminal, service)
+            if code:
+                error = errors.DownloadFailed(
+                    f"`{service}` ended with code {code}", "code 0", "see its message above"
+                )
+                error.exit_code = code
+                raise error
+
+    def start(self) -> None:
+        """Create and start the services; those that run unchanged stay as they are."""
+        if self._run("up", "--detach", "serve"):
+            raise errors.ServeFailed(
+                "`docker compose up` ended with an error", "a started server", "see above"
+            )
+
+    def state(self) -> tuple[str, str]:
+        """Return (ready, starting or ended; what is known about it)."""
+        found = self.docker.compose.ps(services=["serve"], all=True)
+        if not found:
+            return "ended", "there is no container"
+        state = found[0].state
+        if state.status in ("exited", "dead"):
+            return "ended", f"the container ended with code {state.exit_code}"
+        health = state.health.status if state.health else "unknown"
+        return ("ready" if health == "healthy" else "starting"), f"{state.status}, {health}"
+
+    def tail(self, lines: int) -> str:
+        """Return the last lines of the server's log."""
+        return self.docker.compose.logs(services=["serve"], tail=str(lines), no_log_prefix=True)
+
+    def logs_hint(self) -> str:
+        """Return the command that shows the logs."""
+        return "make logs   (docker compose logs -f serve)"
+
+    def logs(self) -> int:
+        """Follow the logs until Ctrl-C."""
+        return self._run("logs", "--follow", "--tail", "100")
+
+    def stop(self) -> None:
+        """Remove the containers and networks; the volumes stay."""
+        self._run("--profile", "*", "down")
+
+    def status(self) -> None:
+        """Print the containers."""
+        self._run("--profile", "*", "ps", "--all")
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def is_up(seconds: float = 20) -> bool:
+    """Whether an engine answers and has containers of this project."""
+    command = ["docker", "compose", "--project-directory", str(ROOT), "ps", "--all", "--quiet"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0 and bool(done.stdout.strip())

@@ -1,0 +1,98 @@
+"""One exception per cause of failure, each with an exit code and what to do about it."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class StackError(Exception):
+    """A failure with a known cause; `str()` says what was found, what was needed, what to do."""
+
+    exit_code = 1
+
+    def __init__(self, found: str, needed: str, action: str) -> None:
+        super().__init__(f"{found}\n  needed: {needed}\n  to do:  {action}")
+
+
+class SettingInvalid(StackError):
+    """A setting has a value that is not allowed."""
+
+    exit_code = 2
+
+
+class SnapshotMissing(StackError):
+    """The model is not on the volume, or not completely."""
+
+    exit_code = 3
+
+
+class HubUnreachable(StackError):
+    """The hub does not answer, or not as a hub does."""
+
+    exit_code = 4
+
+
+class ModelNotFound(StackError):
+    """The hub answers but does not have this model or revision for us."""
+
+    exit_code = 5
+
+
+class DownloadFailed(StackError):
+    """The download ended without a good snapshot."""
+
+    exit_code = 6
+
+
+class DiskFull(StackError):
+    """There is not enough room."""
+
+    exit_code = 7
+
+
+class PortTaken(StackError):
+    """Another process listens on the endpoint's port."""
+
+    exit_code = 8
+
+
+class EngineMissing(StackError):
+    """No usable Docker engine."""
+
+    exit_code = 9
+
+
+class HostUnfit(StackError):
+    """The host lacks something the chosen variant or runtime needs."""
+
+    exit_code = 10
+
+
+class BuildFailed(StackError):
+    """An image or a virtual environment could not be built."""
+
+    exit_code = 11
+
+
+class ServeFailed(StackError):
+    """The server ended, or did not become ready in time."""
+
+    exit_code = 12
+
+
+class RehearsalFailed(StackError):
+    """The rehearsal model did not learn what it must know."""
+
+    exit_code = 13
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """End the process with the exit code of `main`, or of the StackError it raises."""
+    try:
+        sys.exit(main())
+    except StackError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        sys.exit(130)

@@ -1,0 +1,267 @@
+"""The host runtime: the same locks, programs and supervision without a Docker engine."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from scripts import errors, plan
+from scripts.plan import ROOT, Plan
+from scripts.variants import IMAGES
+
+# A path of a Unix socket holds 107 bytes; supervisor adds a suffix while it creates one.
+_SOCKET_PATH = 107 - len("/supervisor.sock.12345678")
+
+
+def state_folder() -> Path:
+    """Return the one folder that holds everything this runtime makes."""
+    return Path(os.environ.get("STATE_DIR") or ROOT / ".state").resolve()
+
+
+def _run_folder(state: Path) -> Path:
+    run = state / "run"
+    if len(str(run)) <= _SOCKET_PATH:
+        return run
+    name = hashlib.sha256(str(state).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"glm4-stack-{os.getuid()}-{name}"
+
+
+def supervisord() -> psutil.Process | None:
+    """Return this runtime's running supervisord, if there is one."""
+    pidfile = _run_folder(state_folder()) / "supervisord.pid"
+    try:
+        process = psutil.Process(int(pidfile.read_text()))
+        # A pid file outlives a crash, and its number may be another process's by now.
+        ours = str(ROOT / "docker" / "supervisord.conf") in process.cmdline()
+        return process if ours and process.status() != psutil.STATUS_ZOMBIE else None
+    except (OSError, ValueError, psutil.Error):
+        return None
+
+
+class HostRuntime:
+    """Virtual environments and processes of this user, below one folder."""
+
+    def __init__(self, chosen: Plan) -> None:
+        self.plan = chosen
+        self.state_dir = state_folder()
+        self.run_dir = _run_folder(self.state_dir)
+        self.log = self.state_dir / "log" / "vllm.log"
+        self.environ = {
+            **chosen.environ,
+            "MODELS_DIR": str(self.state_dir / "models"),
+            "CACHES_DIR": str(self.state_dir / "caches"),
+            "RUN_DIR": str(self.run_dir),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _venv(self, name: str) -> Path:
+        """Return the environment's folder: its name changes with all that decides its content."""
+        parts = [(IMAGES / f"{name}.lock").read_bytes(), Path(self._python()).resolve()]
+        parts.append((ROOT / "scripts" / "install.py").read_bytes())
+        digest = hashlib.sha256(b"".join(os.fsencode(part) for part in parts)).hexdigest()
+        return self.state_dir / "venvs" / f"{name}-{digest[:12]}"
+
+    def _venv_python(self, name: str) -> str:
+        return str(self._venv(name) / "bin" / "python")
+
+    @staticmethod
+    def _python() -> str:
+        """Return a Python 3.11: the locks' wheels are built for it."""
+        if sys.version_info[:2] == (3, 11):
+            return sys.executable
+        found = shutil.which("python3.11")
+        if found:
+            return found
+        raise errors.HostUnfit(
+            f"Python {sys.version_info[0]}.{sys.version_info[1]}",
+            "Python 3.11, which the locks are made for",
+            "install python3.11 (apt, conda create python=3.11, or `uv python install 3.11`)",
+        )
+
+    def check(self) -> None:
+        """Raise when Python, the port or the disk cannot serve the plan; changes nothing."""
+        self._python()
+        if not supervisord():
+            plan.check_port(self.plan)
+        if not self._complete(self.plan.variant.name):
+            # The environment, and the cache of wheels it is installed from.
+            plan.check_room(self.state_dir, 2 * self.plan.variant.size_gb, "the environment")
+
+    def _complete(self, name: str) -> bool:
+        return (self._venv(name) / "complete").exists()
+
+    def build(self) -> None:
+        """Install the environments of the locks, each once."""
+        for name in ("download", self.plan.variant.name):
+            if self._complete(name):
+                continue
+            venv = self._venv(name)
+            print(f"build: installing images/{name}.lock into {venv}", flush=True)
+            for stale in venv.parent.glob(f"{name}-*"):
+                shutil.rmtree(stale)
+            venv.parent.mkdir(parents=True, exist_ok=True)
+            lock = str(IMAGES / f"{name}.lock")
+            command = [self._python(), "-m", "scripts.install", lock, str(venv)]
+            for folder in (str(ROOT / "docker" / "wheels"), self.environ.get("WHEELS")):
+                command += ["--wheels", folder] if folder else []
+            environ = dict(self.environ)
+            if "CA_BUNDLE" in environ:
+                environ["PIP_CERT"] = environ["CA_BUNDLE"]
+            # uv lies beside the Python of the project's own environment.
+            environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
+            code = subprocess.run(command, cwd=ROOT, env=environ).returncode
+            if code:
+                raise _ended("the installation", code)
+            (venv / "complete").touch()
+
+    def download(self) -> None:
+        """Bring the model into the state folder; in a rehearsal from a hub of our own."""
+        (self.state_dir / "models").mkdir(parents=True, exist_ok=True)
+        environ = dict(self.environ)
+        with contextlib.ExitStack() as stack:
+            if self.plan.rehearsal:
+                origin = str(self.state_dir / "rehearsal")
+                python = self._venv_python(self.plan.variant.name)
+                self._job([python, "-m", "scripts.rehearsal", "--output", origin], environ)
+                environ["MODELSCOPE_ENDPOINT"] = stack.enter_context(self._hub(origin))
+            self._job([self._venv_python("download"), "-m", "scripts.download"], environ)
+
+    def _job(self, command: list[str], environ: dict[str, str]) -> None:
+        code = subprocess.run(command, cwd=ROOT, env=environ).returncode
+        if code:
+            raise _ended(f"`{command[2]}`", code)
+
+    @contextlib.contextmanager
+    def _hub(self, folder: str) -> Iterator[str]:
+        """Serve a folder of models on a free port of this host for as long as it is needed."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        command = [self._venv_python("download"), "-m", "scripts.hub", "--models", folder]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        log = self.state_dir / "log" / "hub.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as stream:
+            hub = subprocess.Popen(
+                command, cwd=ROOT, env=self.environ, stdout=stream, stderr=subprocess.STDOUT
+            )
+        try:
+            direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    direct.open(f"{url}/health", timeout=2).close()
+                    break
+                except OSError:
+                    if hub.poll() is not None or time.monotonic() > deadline:
+                        text = log.read_text()[-2000:]
+                        raise errors.HubUnreachable(
+                            f"the hub of the rehearsal did not start:\n{text}", "a hub", "see above"
+                        ) from None
+                    time.sleep(0.2)
+            yield url
+        finally:
+            hub.terminate()
+            hub.wait(timeout=30)
+
+    def start(self) -> None:
+        """Start the supervisor in the background, unless it runs already with these settings."""
+        wanted = self._fingerprint()
+        started = self.run_dir / "started-with"
+        if supervisord():
+            if started.exists() and started.read_text() == wanted:
+                return
+            print("up: the settings have changed; restarting the server", flush=True)
+            self.stop()
+            plan.check_port(self.plan)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        started.write_text(wanted)
+        command = [self._venv_python(self.plan.variant.name), "-m", "scripts.supervise"]
+        with self.log.with_name("supervise.log").open("w") as stream:
+            # A session of its own: it goes on when this terminal closes.
+            self._supervise = subprocess.Popen(
+                [*command, "--log", str(self.log)],
+                cwd=ROOT,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(
+            f"{self.plan.settings}{self._venv(self.plan.variant.name)}".encode()
+        ).hexdigest()
+
+    def state(self) -> tuple[str, str]:
+        """Return (ready, starting or ended; what is known about it)."""
+        process = getattr(self, "_supervise", None)
+        code = process.poll() if process else None
+        if code is not None:
+            return "ended", f"the supervisor ended with code {code}"
+        if not process and not supervisord():
+            return "ended", "no supervisor runs"
+        command = [self._venv_python(self.plan.variant.name), "-m", "scripts.health"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environ, capture_output=True, text=True, timeout=120
+        )
+        return ("starting" if done.returncode else "ready"), done.stdout.strip()
+
+    def tail(self, lines: int) -> str:
+        """Return the last lines of the server's logs."""
+        found = []
+        for path in (self.log, self.log.with_name("supervise.log")):
+            with contextlib.suppress(OSError):
+                found += path.read_text(errors="replace").splitlines()[-lines:]
+        return "\n".join(found)
+
+    def logs_hint(self) -> str:
+        """Return the command that shows the logs."""
+        return f"make logs   ({self.log})"
+
+    def logs(self) -> int:
+        """Follow the logs until Ctrl-C."""
+        files = [str(self.log), str(self.log.with_name("supervise.log"))]
+        return subprocess.run(["tail", "-n", "100", "-F", *files]).returncode
+
+    def stop(self) -> None:
+        """Stop what `start` started, and wait for its end."""
+        process = supervisord()
+        if not process:
+            return
+        process.send_signal(signal.SIGTERM)
+        # Supervisor ends vLLM the hard way after DRAIN_SECONDS and a margin.
+        limit = self.plan.settings.drain_seconds + 30
+        try:
+            process.wait(timeout=limit)
+        except psutil.TimeoutExpired:
+            raise errors.ServeFailed(
+                f"supervisord (pid {process.pid}) did not end in {limit} s",
+                "its end",
+                f"look at {self.log}, then end it: kill -9 {process.pid}",
+            ) from None
+
+    def status(self) -> None:
+        """Print the state of the server."""
+        name, detail = self.state()
+        print(f"host runtime in {self.state_dir}: {name} ({detail})")
+
+
+def _ended(what: str, code: int) -> errors.StackError:
+    error = errors.StackError(f"{what} ended with code {code}", "code 0", "see its message above")
+    error.exit_code = code if code > 0 else 1
+    return error

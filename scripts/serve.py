@@ -1,0 +1,84 @@
+"""Turn Settings into vLLM's command line, print it and become vLLM."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from scripts import errors, snapshot
+from scripts.settings import Settings
+
+_SECRET_WORDS = ("key", "token", "secret", "password")
+
+
+def arguments(settings: Settings, where: Path) -> list[str]:
+    """Return vLLM's argument list for the model in folder `where`."""
+    result = ["vllm", "serve", str(where)]
+    result += ["--served-model-name", settings.served_model_name]
+    result += ["--host", settings.host, "--port", str(settings.port)]
+    result += ["--dtype", settings.dtype, "--max-model-len", str(settings.max_model_len)]
+    result += ["--tensor-parallel-size", str(settings.tensor_parallel_size)]
+    result += ["--shutdown-timeout", str(settings.drain_seconds)]
+    if settings.variant == "cpu":
+        # Compiling takes minutes on a few cores and gains little for the models a CPU can serve.
+        result += ["--enforce-eager"]
+    else:
+        result += ["--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
+    if settings.chat_template:
+        result += ["--chat-template", settings.chat_template]
+    if settings.trust_remote_code:
+        result += ["--trust-remote-code"]
+    return [*result, *settings.vllm_args]
+
+
+def environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return vLLM's environment: caches in the volume, no statistics, no hub."""
+    caches = settings.caches / settings.variant
+    return {
+        **environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Our own HOST and PORT are arguments; vLLM reads variables of these names for its workers.
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_CACHE_ROOT": str(caches / "vllm"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "FLASHINFER_WORKSPACE_BASE": str(caches / "flashinfer"),
+        "HF_HOME": str(caches / "huggingface"),
+        "XDG_CACHE_HOME": str(caches),
+        "XDG_CONFIG_HOME": str(caches / "config"),
+    }
+
+
+def masked(command: list[str]) -> str:
+    """Return the command as a shell line, with the values of secret arguments replaced."""
+    shown: list[str] = []
+    hide_next = False
+    for word in command:
+        flag, equals, _ = word.partition("=")
+        secret = word.startswith("-") and any(
+            part in _SECRET_WORDS for part in flag.lstrip("-").replace("_", "-").split("-")
+        )
+        if hide_next and not word.startswith("--"):
+            shown.append("***")
+        else:
+            shown.append(f"{flag}=***" if secret and equals else shlex.quote(word))
+        hide_next = secret and not equals
+    return " ".join(shown)
+
+
+def main() -> int:
+    """Become vLLM; returns only when that is refused."""
+    settings = Settings.from_environ()
+    where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
+    command = arguments(settings, where)
+    print(f"serve: {masked(command)}", flush=True)
+    program = Path(sys.executable).with_name(command[0])
+    os.execve(program, command, environment(settings, os.environ))
+
+
+if __name__ == "__main__":
+    errors.run(main)

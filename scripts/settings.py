@@ -1,0 +1,185 @@
+"""Run-time Settings, read from the environment and validated once."""
+
+import ipaddress
+import os
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from scripts.errors import SettingInvalid
+
+DEFAULT_MODEL_ID = "ZhipuAI/glm-4-9b-chat"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+# Arguments that are settings of ours: given twice, nobody could say which one holds.
+_OWNED = {
+    "--model": "MODEL_ID",
+    "--revision": "MODEL_REVISION",
+    "--served-model-name": "SERVED_MODEL_NAME",
+    "--max-model-len": "MAX_MODEL_LEN",
+    "--dtype": "DTYPE",
+    "--gpu-memory-utilization": "GPU_MEMORY_UTILIZATION",
+    "--tensor-parallel-size": "TENSOR_PARALLEL_SIZE",
+    "-tp": "TENSOR_PARALLEL_SIZE",
+    "--chat-template": "CHAT_TEMPLATE",
+    "--trust-remote-code": "TRUST_REMOTE_CODE",
+    "--host": "HOST",
+    "--port": "PORT",
+    "--shutdown-timeout": "DRAIN_SECONDS",
+    # A key on the command line is visible to every process of the host.
+    "--api-key": "VLLM_API_KEY",
+}
+
+
+def _invalid(name: str, value: str, allowed: str) -> SettingInvalid:
+    return SettingInvalid(f"{name}={value!r}", allowed, f"correct {name} in .env")
+
+
+def _integer(low: int, high: int) -> Callable[[str, str], int]:
+    def parse(name: str, value: str) -> int:
+        # Not int() alone: it takes "1_0", "+5" and "٣", which a person did not mean.
+        if not re.fullmatch(r"[0-9]{1,9}", value) or not low <= int(value) <= high:
+            raise _invalid(name, value, f"a whole number from {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def _fraction(name: str, value: str) -> float:
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", value) or not 0 < float(value) <= 1:
+        raise _invalid(name, value, "a number above 0 and at most 1")
+    return float(value)
+
+
+def _boolean(name: str, value: str) -> bool:
+    known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if value.lower() not in known:
+        raise _invalid(name, value, "1 or 0")
+    return known[value.lower()]
+
+
+def _matching(pattern: str, allowed: str) -> Callable[[str, str], str]:
+    def parse(name: str, value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise _invalid(name, value, allowed)
+        return value
+
+    return parse
+
+
+def _choice(*allowed: str) -> Callable[[str, str], str]:
+    return _matching("|".join(map(re.escape, allowed)), " or ".join(allowed))
+
+
+def _address(name: str, value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise _invalid(name, value, "an IP address of this host, or 0.0.0.0 for all") from None
+
+
+def _url(name: str, value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise _invalid(name, value, "a URL such as https://modelscope.cn")
+    return value.rstrip("/")
+
+
+def _arguments(name: str, value: str) -> tuple[str, ...]:
+    try:
+        arguments = tuple(shlex.split(value))
+    except ValueError as error:
+        raise _invalid(name, value, f"arguments as a shell would split them ({error})") from None
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        if flag in _OWNED:
+            # The value is left out: it may be a key.
+            raise SettingInvalid(
+                f"{name} contains {flag}",
+                f"{_OWNED[flag]}, the setting for it",
+                f"take {flag} out of {name} and set {_OWNED[flag]} in .env",
+            )
+    return arguments
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator may set (`.env.example` explains each), and the folders of this runtime.
+
+    `models` holds snapshots, `caches` compile caches, `run` sockets and marks.
+    """
+
+    model_id: str
+    model_revision: str
+    modelscope_endpoint: str
+    served_model_name: str
+    max_model_len: int
+    dtype: str
+    gpu_memory_utilization: float
+    tensor_parallel_size: int
+    chat_template: str
+    trust_remote_code: bool
+    host: str
+    port: int
+    drain_seconds: int
+    vllm_args: tuple[str, ...]
+    vllm_api_key: str
+    variant: str
+    models: Path
+    caches: Path
+    run: Path
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
+        """Read and validate every setting; an empty value counts as unset.
+
+        Raises:
+            SettingInvalid: names the variable, its value and what is allowed.
+        """
+
+        def read(name: str, default: str, parse: Callable[[str, str], Any]) -> Any:
+            return parse(name, environ.get(name, "").strip() or default)
+
+        def path(name: str, default: str) -> Path:
+            return Path(environ.get(name, "") or default)
+
+        model_id = read(
+            "MODEL_ID",
+            DEFAULT_MODEL_ID,
+            _matching(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", "owner/name, as the hub spells it"),
+        )
+        return cls(
+            model_id=model_id,
+            model_revision=read(
+                "MODEL_REVISION", "master", _matching(r"[\w.][\w./-]*", "a branch, tag or commit")
+            ),
+            modelscope_endpoint=read("MODELSCOPE_ENDPOINT", "https://modelscope.cn", _url),
+            served_model_name=read(
+                "SERVED_MODEL_NAME",
+                "glm-4-9b-chat",
+                _matching(r"[\w./:@-]+", "a name without spaces, such as glm-4-9b-chat"),
+            ),
+            # 320 MiB of KV cache for GLM-4-9B: they fit beside its bf16 weights in 24 GB.
+            max_model_len=read("MAX_MODEL_LEN", "8192", _integer(16, 10_000_000)),
+            dtype=read("DTYPE", "bfloat16", _choice(*DTYPES)),
+            gpu_memory_utilization=read("GPU_MEMORY_UTILIZATION", "0.9", _fraction),
+            tensor_parallel_size=read("TENSOR_PARALLEL_SIZE", "1", _integer(1, 64)),
+            chat_template=environ.get("CHAT_TEMPLATE", "").strip(),
+            # The tokenizer of the default model is remote code; nobody else's runs unasked.
+            trust_remote_code=read(
+                "TRUST_REMOTE_CODE", "1" if model_id == DEFAULT_MODEL_ID else "0", _boolean
+            ),
+            host=read("HOST", "127.0.0.1", _address),
+            port=read("PORT", "8000", _integer(1, 65535)),
+            drain_seconds=read("DRAIN_SECONDS", "30", _integer(1, 3600)),
+            vllm_args=read("VLLM_ARGS", "", _arguments),
+            vllm_api_key=environ.get("VLLM_API_KEY", ""),
+            variant=read("VARIANT", "cu121", _matching(r"cpu|cu[0-9]{3}", "cpu, cu118, cu121, …")),
+            models=path("MODELS_DIR", "/models"),
+            caches=path("CACHES_DIR", "/caches"),
+            run=path("RUN_DIR", "/run/stack"),
+        )

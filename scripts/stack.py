@@ -1,0 +1,134 @@
+"""Bring the stack up on this host, down again, and show how it is."""
+
+import argparse
+import sys
+import time
+
+from scripts import compose, errors, host, plan
+from scripts.compose import ComposeRuntime
+from scripts.host import HostRuntime
+from scripts.plan import Plan
+
+# Loading 18 GB from a slow disk takes minutes; a server that needs longer has a problem.
+_READY_SECONDS = 1800
+_SAY_EVERY = 5.0
+
+
+def _say(text: str) -> None:
+    print(f"up: {text}", flush=True)
+
+
+def _runtime(chosen: Plan) -> ComposeRuntime | HostRuntime:
+    return ComposeRuntime(chosen) if chosen.runtime == "docker" else HostRuntime(chosen)
+
+
+def up(chosen: Plan) -> int:
+    """Check, build, download, start, and wait until the endpoint answers."""
+    began = time.monotonic()
+    for reason in chosen.reasons:
+        _say(reason)
+    runtime = _runtime(chosen)
+    runtime.check()
+    _say("checks passed; building")
+    runtime.build()
+    _say("downloading")
+    runtime.download()
+    _say("starting vLLM")
+    runtime.start()
+    _wait(runtime)
+    _say(f"ready after {time.monotonic() - began:.0f} s")
+    name = chosen.settings.served_model_name
+    print(
+        f"""
+  endpoint  {chosen.endpoint}/v1   (OpenAI-compatible, model {name})
+  try       curl {chosen.endpoint}/v1/chat/completions -H 'Content-Type: application/json' \\
+              -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "你好"}}]}}'
+  logs      {runtime.logs_hint()}
+  stop      make down
+"""
+    )
+    return 0
+
+
+def _wait(runtime: ComposeRuntime | HostRuntime) -> None:
+    """Wait for readiness, showing the server's last log line now and then.
+
+    Raises:
+        ServeFailed: the server ended, or was not ready in time.
+    """
+    began = said = time.monotonic()
+    while True:
+        name, detail = runtime.state()
+        now = time.monotonic()
+        if name == "ready":
+            return
+        late = now - began > _READY_SECONDS
+        if name == "ended" or late:
+            raise errors.ServeFailed(
+                f"the server is not ready ({detail}) after {now - began:.0f} s; its last lines:\n"
+                + runtime.tail(40),
+                "a vLLM that answers",
+                f"look for vLLM's own error above; the whole log: {runtime.logs_hint()}",
+            )
+        if now - said >= _SAY_EVERY:
+            said = now
+            last = (runtime.tail(1).splitlines() or [""])[-1]
+            _say(f"{now - began:3.0f} s  {detail}  {last[:100]}")
+        time.sleep(0.5)
+
+
+def build(chosen: Plan) -> int:
+    """Build what the plan runs."""
+    runtime = _runtime(chosen)
+    runtime.check()
+    runtime.build()
+    return 0
+
+
+def download(chosen: Plan) -> int:
+    """Bring the model."""
+    runtime = _runtime(chosen)
+    runtime.build()
+    runtime.download()
+    return 0
+
+
+def _running(cuda: str, wanted: str) -> list[ComposeRuntime | HostRuntime]:
+    """Return the runtimes that have something of ours, or the one asked for."""
+    found = []
+    if wanted == "docker" or (not wanted and compose.is_up()):
+        found.append(ComposeRuntime(plan.make(cuda, "docker")))
+    if wanted == "host" or (not wanted and host.supervisord()):
+        found.append(HostRuntime(plan.make(cuda, "host")))
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=["up", "build", "download", "down", "status", "logs"])
+    parser.add_argument("--cuda", default="", help="118, 121, 130 or cpu; by default what fits")
+    parser.add_argument("--runtime", default="", help="docker or host; by default what is there")
+    options = parser.parse_args(argv)
+
+    if options.command in ("up", "build", "download"):
+        chosen = plan.make(options.cuda, options.runtime)
+        return {"up": up, "build": build, "download": download}[options.command](chosen)
+
+    running = _running(options.cuda, options.runtime)
+    if not running:
+        print("nothing runs; `make up` starts it")
+        return 0 if options.command == "down" else 1
+    if options.command == "logs":
+        return running[0].logs()
+    for runtime in running:
+        if options.command == "down":
+            runtime.stop()
+        else:
+            runtime.status()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    errors.run(main)

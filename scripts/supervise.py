@@ -1,0 +1,61 @@
+"""Run supervisord over the programs of docker/supervisord.conf; end non-zero if it gave up."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts import errors, snapshot
+from scripts.settings import Settings
+
+CONF = Path(__file__).resolve().parent.parent / "docker" / "supervisord.conf"
+# What vLLM may take for its hard end beyond the drain time, in seconds.
+_MARGIN_SECONDS = 10
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Supervise until told to stop (code 0) or until a program is given up (ServeFailed)."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--log", type=Path, help="let vLLM log to this file, rotated")
+    log = parser.parse_args(argv).log
+
+    settings = Settings.from_environ()
+    # A wrong setting or a missing model stays wrong however often it is retried: end here.
+    snapshot.require(settings.models, settings.model_id, settings.model_revision)
+    settings.run.mkdir(parents=True, exist_ok=True)
+    given_up = settings.run / "given-up"
+    for mark in (given_up, settings.run / "answered"):
+        mark.unlink(missing_ok=True)
+
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "RUN_DIR": str(settings.run),
+        "STOP_SECONDS": str(settings.drain_seconds + _MARGIN_SECONDS),
+        "VLLM_LOG": str(log or "/dev/fd/1"),
+        # Supervisor cannot rotate a pipe.
+        "LOG_MAXBYTES": "20MB" if log else "0",
+    }
+    command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(CONF)]
+    # A group of its own: Ctrl-C in a terminal must reach vLLM by way of supervisord only.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: process.terminate())
+    code = process.wait()
+    if given_up.exists():
+        raise errors.ServeFailed(
+            given_up.read_text(encoding="utf-8").strip(),
+            "a vLLM that stays up",
+            "read the log above for vLLM's own error (`make logs`)",
+        )
+    if code != 0:
+        raise errors.ServeFailed(
+            f"supervisord ended with code {code}", "code 0", "read the log above (`make logs`)"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,70 @@
+"""Fixtures: a stack of each runtime, brought up the way the README says, and torn down."""
+
+import shutil
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from tests.stacks import Done, Stack, free_port, run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--url", help="base URL of a running endpoint for the smoke tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    engine = shutil.which("docker") and not run("docker", "info").returncode
+    gpu = shutil.which("nvidia-smi") and not run("nvidia-smi").returncode
+    for item in items:
+        if item.get_closest_marker("docker") and not engine:
+            item.add_marker(pytest.mark.skip(reason="needs a Docker engine: run `make engine`"))
+        if item.get_closest_marker("gpu") and not gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and its driver"))
+
+
+@pytest.fixture(scope="session")
+def host_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A host runtime from nothing, by `make up RUNTIME=host`."""
+    port = free_port()
+    environ = {
+        "STATE_DIR": str(tmp_path_factory.mktemp("host")),
+        "PORT": str(port),
+        "RUNTIME": "host",
+        "CUDA": "cpu",
+    }
+    stack = Stack(f"http://127.0.0.1:{port}", environ)
+    try:
+        stack.notes["up"] = stack.run("make", "up").check().output
+        yield stack
+    finally:
+        stack.run("make", "down")
+        shutil.rmtree(environ["STATE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def images() -> Done:
+    """The images of the cpu variant, by `make build`."""
+    return run("make", "build", CUDA="cpu", RUNTIME="docker").check()
+
+
+@pytest.fixture(scope="session")
+def compose_stack(images: Done) -> Iterator[Stack]:
+    """A compose project from nothing, by the two commands of the README."""
+    project = f"glm4-test-{uuid.uuid4().hex[:8]}"
+    port = free_port()
+    environ = {"COMPOSE_PROJECT_NAME": project, "PORT": str(port)}
+    stack = Stack(f"http://127.0.0.1:{port}", environ)
+    try:
+        stack.notes["download"] = stack.compose("run", "--rm", "download").check().output
+        stack.notes["up"] = stack.compose("up", "-d", "--wait").check().output
+        yield stack
+    finally:
+        stack.compose("--profile", "*", "down", "--volumes", "--timeout", "5")
+
+
+@pytest.fixture(scope="session")
+def url(request: pytest.FixtureRequest) -> str:
+    """The endpoint under test: --url, or a host runtime brought up for it."""
+    given = request.config.getoption("--url")
+    return (given or request.getfixturevalue("host_stack").url).rstrip("/")

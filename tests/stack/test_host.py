@@ -1,0 +1,64 @@
+"""The host runtime: from nothing to a green smoke test, a quick second start, a clean end."""
+
+import time
+from pathlib import Path
+
+import psutil
+import requests
+
+from tests.stacks import Stack, wait_for
+
+
+def processes(stack: Stack) -> list[psutil.Process]:
+    """Every process that works in this stack's state folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if stack.environ["STATE_DIR"] in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_make_up_says_what_it_runs_and_how_to_use_it(host_stack: Stack) -> None:
+    for text in ("rehearsal", "make up MODEL_ID=", "complete and verified", "curl", "make logs"):
+        assert text in host_stack.notes["up"], host_stack.notes["up"]
+
+
+def test_smoke_tests_are_green(host_stack: Stack) -> None:
+    host_stack.run("make", "smoke", URL=host_stack.url).check().says("passed")
+
+
+def test_a_second_make_up_changes_nothing_and_is_quick(host_stack: Stack) -> None:
+    before = {process.pid for process in processes(host_stack)}
+    begin = time.monotonic()
+    host_stack.run("make", "up").check().says("ready after")
+    print(f"second make up: {time.monotonic() - begin:.0f} s")
+    assert {process.pid for process in processes(host_stack)} == before
+
+
+def test_vllm_killed_is_restarted(host_stack: Stack) -> None:
+    [server] = [p for p in processes(host_stack) if "serve" in p.cmdline()]
+    server.kill()
+    wait_for(
+        lambda: [p for p in processes(host_stack) if "serve" in p.cmdline() and p != server],
+        60,
+        "a new vLLM",
+    )
+    host_stack.run("make", "up").check()
+    assert requests.get(f"{host_stack.url}/health", timeout=30).status_code == 200
+
+
+def test_status_tells_that_it_is_ready(host_stack: Stack) -> None:
+    host_stack.run("make", "status").check().says("ready")
+
+
+def test_make_down_ends_everything_and_make_up_starts_it_again(host_stack: Stack) -> None:
+    host_stack.run("make", "down").check()
+    assert processes(host_stack) == []
+    assert Path(host_stack.environ["STATE_DIR"], "models").is_dir()
+    begin = time.monotonic()
+    host_stack.run("make", "up").check()
+    print(f"make up after make down: {time.monotonic() - begin:.0f} s")
+    host_stack.run("make", "smoke", URL=host_stack.url).check()

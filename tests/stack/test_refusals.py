@@ -1,0 +1,164 @@
+"""What cannot work ends with one clear message and a code, before anything is started."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.stacks import ROOT, Done, Stack, free_port, run
+
+CONTAINER = ["docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none"]
+
+
+def up(tmp_path: Path, **environ: str) -> Done:
+    environ = {"STATE_DIR": str(tmp_path / "state"), "PORT": str(free_port()), **environ}
+    return run(sys.executable, "-m", "scripts.stack", "up", *CHOICE, timeout=120, **environ)
+
+
+CHOICE = ["--cuda", "cpu", "--runtime", "host"]
+
+
+def refused(done: Done, code: int, *texts: str) -> None:
+    done.check(code).says("error: ", "needed: ", "to do: ", *texts)
+    assert done.output.count("error: ") == 1, done.output
+    assert "Traceback" not in done.output, done.output
+
+
+def test_a_wrong_setting(tmp_path: Path) -> None:
+    done = up(tmp_path, MAX_MODEL_LEN="lots")
+    refused(done, 2, "MAX_MODEL_LEN='lots'", "whole number", ".env")
+    assert not (tmp_path / "state").exists()
+
+
+def test_an_unknown_variant() -> None:
+    done = run(sys.executable, "-m", "scripts.stack", "up", "--cuda", "99")
+    refused(done, 2, "CUDA='99'", "cpu")
+
+
+def test_a_taken_port(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = up(tmp_path, PORT=str(port))
+    refused(done, 8, f"127.0.0.1:{port}", str(os.getpid()), f"PORT={port + 1}")
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 40 MB."""
+    where = tmp_path / "small"
+    where.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", where])
+    if mounted.returncode:
+        pytest.skip("needs root, to mount a small file system")
+    yield where
+    subprocess.run(["umount", where], check=True)
+
+
+def test_a_full_disk_before_the_build(tmp_path: Path, small_disk: Path) -> None:
+    done = up(tmp_path, STATE_DIR=str(small_disk / "state"))
+    refused(done, 7, "GB free", "4.4 GB", "make room")
+    assert not (small_disk / "state").exists()
+
+
+def test_a_missing_engine(tmp_path: Path) -> None:
+    nowhere = f"unix://{tmp_path}/no.sock"
+    done = run(
+        sys.executable, "-m", "scripts.stack", "up", "--runtime", "docker", DOCKER_HOST=nowhere
+    )
+    refused(done, 9, "no Docker engine answers", "make engine", "RUNTIME=host")
+
+
+@pytest.mark.docker
+def test_a_taken_port_under_docker(images: Done) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run(
+            sys.executable, "-m", "scripts.stack", "up", "--cuda", "cpu", "--runtime", "docker",
+            PORT=str(port), COMPOSE_PROJECT_NAME="glm4-test-port",
+        )  # fmt: skip
+    refused(done, 8, f"127.0.0.1:{port}")
+
+
+@pytest.mark.docker
+def test_a_missing_model(images: Done) -> None:
+    done = run(*CONTAINER, "--tmpfs", "/models", "--env", "MODEL_ID=a/b", "glm4-stack:dev-cpu")
+    refused(done, 3, "/models/a/b is not there", "docker compose run --rm download")
+
+
+@pytest.mark.docker
+def test_a_wrong_setting_in_a_container(images: Done) -> None:
+    for image in ("glm4-stack:dev-cpu", "glm4-stack:dev-download"):
+        done = run(*CONTAINER, "--env", "DTYPE=int3", image)
+        refused(done, 2, "DTYPE='int3'", "auto or bfloat16 or float16 or float32")
+
+
+@pytest.fixture
+def download(host_stack: Stack, tmp_path: Path):
+    """Run the download of the host runtime into a folder of the test's own."""
+    state = Path(host_stack.environ["STATE_DIR"])
+    [python] = state.glob("venvs/download-*/bin/python")
+
+    def job(models: Path, **environ: str) -> Done:
+        folders = {"MODELS_DIR": str(models), "CACHES_DIR": str(tmp_path / "caches")}
+        return run(str(python), "-m", "scripts.download", timeout=180, **{**folders, **environ})
+
+    return job
+
+
+@pytest.fixture
+def hub(host_stack: Stack) -> Iterator[str]:
+    """A real hub over the rehearsal model."""
+    state = Path(host_stack.environ["STATE_DIR"])
+    [python] = state.glob("venvs/download-*/bin/python")
+    port = free_port()
+    command = [python, "-m", "scripts.hub", "--models", state / "rehearsal"]
+    process = subprocess.Popen(
+        [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(timeout=30)
+
+
+TINY = {"MODEL_ID": "rehearsal/glm-4-tiny", "MODEL_REVISION": "v1"}
+
+
+def test_a_dead_hub(download, tmp_path: Path) -> None:
+    dead = f"http://127.0.0.1:{free_port()}"
+    done = download(tmp_path / "models", MODELSCOPE_ENDPOINT=dead, **TINY)
+    refused(done, 4, dead, "MODELSCOPE_ENDPOINT")
+
+
+def test_a_model_the_hub_does_not_have(download, hub: str, tmp_path: Path) -> None:
+    wrong = {"MODEL_ID": "rehearsal/no-such", "MODELSCOPE_ENDPOINT": hub}
+    refused(download(tmp_path / "models", **wrong), 5, "rehearsal/no-such", "MODEL_ID")
+
+
+def test_a_full_disk_before_the_download(download, hub: str, small_disk: Path) -> None:
+    done = download(small_disk / "models", MODELSCOPE_ENDPOINT=hub, **TINY)
+    refused(done, 7, "GB free", "make room")
+    assert "fetching" not in done.output
+
+
+def test_a_damaged_file_is_found_and_fetched_again(download, hub: str, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    good = download(models, MODELSCOPE_ENDPOINT=hub, **TINY).check()
+    good.says("complete and verified")
+    folder = models / TINY["MODEL_ID"]
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    right = shard.read_bytes()
+    shard.write_bytes(right[:-1])
+    download(models, MODELSCOPE_ENDPOINT=hub, **TINY).check().says("complete and verified")
+    assert shard.read_bytes() == right
