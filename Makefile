@@ -30,8 +30,8 @@ build: .venv/host ## Build the images (or the environments of the host runtime)
 download: .venv/host ## Bring the model
 	@$(STACK) download $(CHOICE)
 
-smoke: .venv/dev ## Check a running endpoint: make smoke [URL=http://127.0.0.1:8000]
-	@$(PY) -m pytest -q tests/smoke $(if $(URL),--url $(URL))
+smoke: .venv/dev ## Check a running endpoint, ours or any: make smoke [URL=http://…:8000]
+	@url=$(or $(URL),$$($(STACK) url $(CHOICE))) && $(PY) -m pytest -q tests/smoke --url "$$url"
 
 test: .venv/dev ## Run all tests (needs a Docker engine; `make engine` brings one up)
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m pytest $(TESTS)

@@ -171,6 +171,14 @@ class ComposeRuntime:
         """Return the last lines of the server's log."""
         return self.docker.compose.logs(services=["serve"], tail=str(lines), no_log_prefix=True)
 
+    def url(self) -> str:
+        """Return the endpoint's base URL, from the port that the engine publishes."""
+        container = self._serving()
+        ports = (container.network_settings.ports or {}).get("8000/tcp") if container else None
+        if not ports:
+            return self.plan.endpoint
+        return f"http://{ports[0]['HostIp']}:{ports[0]['HostPort']}".replace("0.0.0.0", "127.0.0.1")
+
     def logs_hint(self) -> str:
         """Return the command that shows the logs."""
         return "make logs   (docker compose logs -f serve)"

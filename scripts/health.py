@@ -56,6 +56,8 @@ def check(settings: Settings) -> str:
                 return f"one token was asked for, the usage is {answer['usage']}"
             mark.write_text(str(pid))
     except (OSError, ValueError, KeyError) as error:
+        if isinstance(getattr(error, "reason", None), ConnectionRefusedError):
+            return "vLLM is loading; it does not listen yet"
         return f"vLLM does not answer: {error}"
     return ""
 

@@ -1,7 +1,9 @@
 """The host runtime: the same locks, programs and supervision without a Docker engine."""
 
 import contextlib
+import ctypes.util
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -12,12 +14,14 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import psutil
 
 from scripts import errors, plan
 from scripts.plan import ROOT, Plan
+from scripts.settings import Settings
 from scripts.variants import IMAGES
 
 # A path of a Unix socket holds 107 bytes; supervisor adds a suffix while it creates one.
@@ -49,6 +53,15 @@ def supervisord() -> psutil.Process | None:
         return None
 
 
+def started_with() -> dict[str, str]:
+    """Return the settings that the running server was started with, as environment variables."""
+    try:
+        text = (_run_folder(state_folder()) / "started-with.json").read_text(encoding="utf-8")
+        return json.loads(text)["environ"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
 class HostRuntime:
     """Virtual environments and processes of this user, below one folder."""
 
@@ -64,6 +77,8 @@ class HostRuntime:
             "RUN_DIR": str(self.run_dir),
             "PYTHONUNBUFFERED": "1",
         }
+        # The environments keep their bytecode, which saves half of vLLM's start.
+        self.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
     def _venv(self, name: str) -> Path:
         """Return the environment's folder: its name changes with all that decides its content."""
@@ -124,6 +139,42 @@ class HostRuntime:
             if code:
                 raise _ended("the installation", code)
             (venv / "complete").touch()
+        self._libraries()
+
+    def _libraries(self) -> None:
+        """Bring the variant's Debian packages that this host lacks, without being root.
+
+        Raises:
+            HostUnfit: apt cannot fetch them.
+        """
+        target = self.state_dir / "lib"
+        # LD_LIBRARY_PATH is read at the start of a process, so of those that we start.
+        known = [str(target), self.environ.get("LD_LIBRARY_PATH", "")]
+        self.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, known))
+        for package in (IMAGES / f"{self.plan.variant.name}.apt").read_text().split():
+            stem = package.removeprefix("lib").rstrip("0123456789")
+            if ctypes.util.find_library(stem) or any(target.glob(f"lib{stem}.so*")):
+                continue
+            print(f"build: fetching Debian's {package} into {target}", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                fetch = (
+                    subprocess.run(["apt-get", "-q", "download", package], cwd=folder, timeout=300)
+                    if shutil.which("apt-get")
+                    else None
+                )
+                if fetch is None or fetch.returncode:
+                    raise errors.HostUnfit(
+                        f"this host lacks {package}",
+                        f"its library, which vLLM's {self.plan.variant.name} build loads",
+                        f"as root: apt-get update && apt-get install {package}"
+                        " (elsewhere: your system's package of that library)",
+                    )
+                [archive] = Path(folder).glob("*.deb")
+                subprocess.run(["dpkg", "-x", archive, f"{folder}/root"], check=True, timeout=60)
+                target.mkdir(parents=True, exist_ok=True)
+                for library in Path(folder, "root").rglob("*.so*"):
+                    if not library.is_symlink():
+                        shutil.copy(library, target / f"lib{stem}.so.{package[-1]}")
 
     def download(self) -> None:
         """Bring the model into the state folder; in a rehearsal from a hub of our own."""
@@ -178,17 +229,18 @@ class HostRuntime:
 
     def start(self) -> None:
         """Start the supervisor in the background, unless it runs already with these settings."""
-        wanted = self._fingerprint()
-        started = self.run_dir / "started-with"
+        wanted = self._started_with()
+        record = self.run_dir / "started-with.json"
         if supervisord():
-            if started.exists() and started.read_text() == wanted:
+            if record.exists() and record.read_text(encoding="utf-8") == wanted:
                 return
             print("up: the settings have changed; restarting the server", flush=True)
             self.stop()
             plan.check_port(self.plan)
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        # Only for this user: the settings may hold a key.
         self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        started.write_text(wanted)
+        record.write_text(wanted, encoding="utf-8")
         command = [self._venv_python(self.plan.variant.name), "-m", "scripts.supervise"]
         with self.log.with_name("supervise.log").open("w") as stream:
             # A session of its own: it goes on when this terminal closes.
@@ -202,10 +254,11 @@ class HostRuntime:
                 start_new_session=True,
             )
 
-    def _fingerprint(self) -> str:
-        return hashlib.sha256(
-            f"{self.plan.settings}{self._venv(self.plan.variant.name)}".encode()
-        ).hexdigest()
+    def _started_with(self) -> str:
+        names = [field.name.upper() for field in fields(Settings)]
+        environ = {name: self.plan.environ[name] for name in names if name in self.plan.environ}
+        content = {"environ": environ, "venv": str(self._venv(self.plan.variant.name))}
+        return json.dumps(content, sort_keys=True)
 
     def state(self) -> tuple[str, str]:
         """Return (ready, starting or ended; what is known about it)."""
@@ -224,10 +277,14 @@ class HostRuntime:
     def tail(self, lines: int) -> str:
         """Return the last lines of the server's logs."""
         found = []
-        for path in (self.log, self.log.with_name("supervise.log")):
+        for path in (self.log.with_name("supervise.log"), self.log):
             with contextlib.suppress(OSError):
                 found += path.read_text(errors="replace").splitlines()[-lines:]
         return "\n".join(found)
+
+    def url(self) -> str:
+        """Return the endpoint's base URL."""
+        return self.plan.endpoint
 
     def logs_hint(self) -> str:
         """Return the command that shows the logs."""

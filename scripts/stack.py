@@ -1,6 +1,7 @@
 """Bring the stack up on this host, down again, and show how it is."""
 
 import argparse
+import os
 import sys
 import time
 
@@ -74,7 +75,7 @@ def _wait(runtime: ComposeRuntime | HostRuntime) -> None:
             said = now
             last = (runtime.tail(1).splitlines() or [""])[-1]
             _say(f"{now - began:3.0f} s  {detail}  {last[:100]}")
-        time.sleep(0.5)
+        time.sleep(1)
 
 
 def build(chosen: Plan) -> int:
@@ -99,6 +100,8 @@ def _running(cuda: str, wanted: str) -> list[ComposeRuntime | HostRuntime]:
     if wanted == "docker" or (not wanted and compose.is_up()):
         found.append(ComposeRuntime(plan.make(cuda, "docker")))
     if wanted == "host" or (not wanted and host.supervisord()):
+        # Not what .env says by now: what the server that runs was told.
+        os.environ.update(host.started_with())
         found.append(HostRuntime(plan.make(cuda, "host")))
     return found
 
@@ -106,27 +109,29 @@ def _running(cuda: str, wanted: str) -> list[ComposeRuntime | HostRuntime]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=["up", "build", "download", "down", "status", "logs"])
+    parser.add_argument("command", choices=[*PREPARING, *RUNNING])
     parser.add_argument("--cuda", default="", help="118, 121, 130 or cpu; by default what fits")
     parser.add_argument("--runtime", default="", help="docker or host; by default what is there")
     options = parser.parse_args(argv)
 
-    if options.command in ("up", "build", "download"):
-        chosen = plan.make(options.cuda, options.runtime)
-        return {"up": up, "build": build, "download": download}[options.command](chosen)
-
+    if options.command in PREPARING:
+        return PREPARING[options.command](plan.make(options.cuda, options.runtime))
     running = _running(options.cuda, options.runtime)
     if not running:
-        print("nothing runs; `make up` starts it")
+        print("nothing runs; `make up` starts it", file=sys.stderr)
         return 0 if options.command == "down" else 1
-    if options.command == "logs":
-        return running[0].logs()
     for runtime in running:
-        if options.command == "down":
-            runtime.stop()
-        else:
-            runtime.status()
+        RUNNING[options.command](runtime)
     return 0
+
+
+PREPARING = {"up": up, "build": build, "download": download}
+RUNNING = {
+    "down": lambda runtime: runtime.stop(),
+    "status": lambda runtime: runtime.status(),
+    "logs": lambda runtime: runtime.logs(),
+    "url": lambda runtime: print(runtime.url()),
+}
 
 
 if __name__ == "__main__":
