@@ -157,24 +157,16 @@ class HostRuntime:
                 continue
             print(f"build: fetching Debian's {package} into {target}", flush=True)
             with tempfile.TemporaryDirectory() as folder:
-                fetch = (
-                    subprocess.run(["apt-get", "-q", "download", package], cwd=folder, timeout=300)
-                    if shutil.which("apt-get")
-                    else None
-                )
-                if fetch is None or fetch.returncode:
+                if not _fetch(package, Path(folder)):
                     raise errors.HostUnfit(
                         f"this host lacks {package}",
                         f"its library, which vLLM's {self.plan.variant.name} build loads",
                         f"as root: apt-get update && apt-get install {package}"
                         " (elsewhere: your system's package of that library)",
                     )
-                [archive] = Path(folder).glob("*.deb")
-                subprocess.run(["dpkg", "-x", archive, f"{folder}/root"], check=True, timeout=60)
                 target.mkdir(parents=True, exist_ok=True)
-                for library in Path(folder, "root").rglob("*.so*"):
-                    if not library.is_symlink():
-                        shutil.copy(library, target / f"lib{stem}.so.{package[-1]}")
+                for library in Path(folder, "root").rglob(f"lib{stem}.so.*"):
+                    shutil.copy(library, target / library.name)
 
     def download(self) -> None:
         """Bring the model into the state folder; in a rehearsal from a hub of our own."""
@@ -322,3 +314,19 @@ def _ended(what: str, code: int) -> errors.StackError:
     error = errors.StackError(f"{what} ended with code {code}", "code 0", "see its message above")
     error.exit_code = code if code > 0 else 1
     return error
+
+
+def _fetch(package: str, folder: Path) -> bool:
+    """Unpack a Debian package into `folder`/root, with package lists of our own: needs no root."""
+    if not shutil.which("apt-get"):
+        return False
+    (folder / "lists" / "partial").mkdir(parents=True)
+    options = [f"-oDir::State::lists={folder}/lists", "-oDir::Cache::pkgcache="]
+    options += ["-oDir::Cache::srcpkgcache=", "-oAPT::Sandbox::User=root", "-qq"]
+    for action in (["update"], ["download", package]):
+        done = subprocess.run(["apt-get", *options, *action], cwd=folder, timeout=300)
+        if done.returncode:
+            return False
+    [archive] = folder.glob("*.deb")
+    unpack = ["dpkg", "--extract", str(archive), str(folder / "root")]
+    return subprocess.run(unpack, timeout=60).returncode == 0

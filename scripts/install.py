@@ -131,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     base = os.environ.get("PYTORCH_INDEX_URL") or PYTORCH_INDEX_URL
     _install(python, local, f"{base}/{suffix}", wheels, f"the +{suffix} wheels of {options.lock}")
     _alias(site)
+    # uv's own lock, which it leaves behind writable for everybody.
+    (options.venv / ".lock").unlink(missing_ok=True)
     if options.image:
         _prune(site)
         compileall.compile_dir(site, quiet=2, workers=0, rx=_NOT_COMPILED)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from scripts import rehearsal, snapshot
-from scripts.errors import RehearsalFailed, SnapshotMissing
 from tests.stacks import ROOT
 
 
@@ -48,17 +47,3 @@ def test_it_is_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     snapshot.record(folder, rehearsal.MODEL_ID, rehearsal.REVISION, "test")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert rehearsal.main(["--output", str(tmp_path)]) == 0
-
-
-def test_a_failed_attempt_leaves_no_snapshot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("torch", reason="needs the engine's packages")
-    folder = snapshot.folder(tmp_path, rehearsal.MODEL_ID)
-    folder.mkdir(parents=True)
-    snapshot.record(folder, rehearsal.MODEL_ID, "an older one", "test")
-    monkeypatch.setattr(rehearsal, "MOST_STEPS", 1)
-    with pytest.raises(RehearsalFailed, match="least margin"):
-        rehearsal.main(["--output", str(tmp_path)])
-    with pytest.raises(SnapshotMissing):
-        snapshot.load(folder)
