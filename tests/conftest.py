@@ -56,6 +56,8 @@ def compose_stack(images: Done) -> Iterator[Stack]:
     environ = {"COMPOSE_PROJECT_NAME": project, "PORT": str(port)}
     stack = Stack(f"http://127.0.0.1:{port}", environ)
     try:
+        # Compose labels an image with its project, so another project's is built anew by `make up`.
+        stack.run("make", "build", CUDA="cpu", RUNTIME="docker").check()
         stack.notes["download"] = stack.compose("run", "--rm", "download").check().output
         stack.notes["up"] = stack.compose("up", "-d", "--wait").check().output
         yield stack

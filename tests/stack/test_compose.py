@@ -108,8 +108,9 @@ def test_vllm_killed_is_restarted_and_its_processes_are_ended(compose_stack: Sta
 
 def test_stop_lets_a_running_stream_finish(compose_stack: Stack) -> None:
     # Many choices at once make the answer last long enough to be stopped in its middle.
-    response = ask(compose_stack, stream=True, n=16, ignore_eos=True, max_tokens=400)
-    assert response.status_code == 200
+    more = {"n": 16, "temperature": 0.8, "ignore_eos": True, "max_tokens": 400}
+    response = ask(compose_stack, stream=True, **more)
+    assert response.status_code == 200, response.text
     lines = response.iter_lines()
     next(lines)
     stopping = threading.Thread(target=compose_stack.compose, args=("stop", "serve"))
