@@ -183,3 +183,13 @@ class Settings:
             caches=path("CACHES_DIR", "/caches"),
             run=path("RUN_DIR", "/run/stack"),
         )
+
+    def check_files(self) -> None:
+        """Raise SettingInvalid when a setting names a file that is not there.
+
+        Apart from the rest: only the server sees its own files, `download` does not.
+        """
+        # vLLM takes a template itself as well, and that contains braces.
+        template = self.chat_template
+        if template and "{" not in template and not Path(template).is_file():
+            raise _invalid("CHAT_TEMPLATE", template, "a file that the server sees, or a template")

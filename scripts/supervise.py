@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
     settings = Settings.from_environ()
     # A wrong setting or a missing model stays wrong however often it is retried: end here.
+    settings.check_files()
     snapshot.require(settings.models, settings.model_id, settings.model_revision)
     settings.run.mkdir(parents=True, exist_ok=True)
     given_up = settings.run / "given-up"

@@ -28,12 +28,10 @@ def inside(stack: Stack, *command: str) -> Done:
 
 
 def pid_of_vllm(stack: Stack) -> int:
-    conf = "/app/docker/supervisord.conf"
     script = (
         "import os, pathlib; from scripts import health;"
         "print(health._vllm_state(pathlib.Path('/run/stack'))[1])"
     )
-    del conf
     return int(inside(stack, "python", "-c", script).check().output.strip())
 
 

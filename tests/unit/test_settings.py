@@ -77,6 +77,14 @@ def test_a_key_among_the_arguments_is_refused_and_not_shown() -> None:
     assert "sk-very-secret" not in str(refusal.value)
 
 
+def test_a_chat_template_that_is_not_there_is_refused_by_the_server() -> None:
+    with pytest.raises(SettingInvalid, match="CHAT_TEMPLATE='/no/such.jinja'"):
+        Settings.from_environ({"CHAT_TEMPLATE": "/no/such.jinja"}).check_files()
+    Settings.from_environ({"CHAT_TEMPLATE": "{{ messages }}"}).check_files()
+    Settings.from_environ({"CHAT_TEMPLATE": __file__}).check_files()
+    Settings.from_environ({}).check_files()
+
+
 def documented() -> dict[str, str]:
     text = (ROOT / ".env.example").read_text(encoding="utf-8")
     return dict(re.findall(r"^#([A-Z_]+)=(.*)$", text, re.MULTILINE))
