@@ -78,7 +78,7 @@ def test_a_key_among_the_arguments_is_refused_and_not_shown() -> None:
 
 
 def test_a_chat_template_that_is_not_there_is_refused_by_the_server() -> None:
-    with pytest.raises(SettingInvalid, match="CHAT_TEMPLATE='/no/such.jinja'"):
+    with pytest.raises(SettingInvalid, match=r"CHAT_TEMPLATE='/no/such\.jinja'"):
         Settings.from_environ({"CHAT_TEMPLATE": "/no/such.jinja"}).check_files()
     Settings.from_environ({"CHAT_TEMPLATE": "{{ messages }}"}).check_files()
     Settings.from_environ({"CHAT_TEMPLATE": __file__}).check_files()
