@@ -75,7 +75,6 @@ def _mirror() -> str:
 
 
 def _run(command: list[str], what: str, log: Path, timeout: float) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as stream:
         done = subprocess.run(
             command,
@@ -195,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     """Do what is missing; nothing where an engine answers."""
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     log = _state() / "log" / "engine.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     version = _answers()
     if version:
         _say(f"Docker engine {version} answers")
