@@ -11,7 +11,8 @@ from python_on_whales.exceptions import DockerException
 from scripts import errors, plan
 from scripts.plan import ROOT, Plan
 
-# What `make engine` makes where no registry answers.
+# The base image of every variant, and what `make engine` makes where no registry answers.
+BASE = "python:3.11-slim-bookworm"
 LOCAL_BASE = "glm4-stack-base:bookworm"
 # start_interval of a healthcheck, and `required: false` of a dependency.
 _LEAST_ENGINE, _LEAST_COMPOSE = (25, 0), (2, 24)
@@ -96,7 +97,7 @@ class ComposeRuntime:
 
     def _base(self) -> str:
         """Return the base image: the one named, or the local one when that cannot be had."""
-        named = os.environ.get("BASE_IMAGE") or "python:3.11-slim-bookworm"
+        named = os.environ.get("BASE_IMAGE") or BASE
         if self.docker.image.exists(named):
             return named
         print(f"build: pulling the base image {named}", flush=True)

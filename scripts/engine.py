@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from scripts import errors
-from scripts.compose import LOCAL_BASE
+from scripts.compose import BASE, LOCAL_BASE
+from scripts.host import state_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 # Debian 12's own docker.io lacks compose and buildx; sid's packages run on it. Names only from
 # sid: everything else, runc above all, comes from the host's release.
 _FROM_SID = ["docker.io/sid", "docker-cli/sid", "docker-compose/sid", "docker-buildx/sid"]
@@ -23,10 +23,6 @@ _BASE_PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
 
 def _say(text: str) -> None:
     print(f"engine: {text}", flush=True)
-
-
-def _state() -> Path:
-    return Path(os.environ.get("STATE_DIR") or ROOT / ".state").resolve()
 
 
 def _answers() -> str:
@@ -95,7 +91,7 @@ def _run(command: list[str], what: str, log: Path, timeout: float) -> None:
 
 def _install(log: Path) -> None:
     """Install the engine through an apt state of its own: the host's sources do not change."""
-    apt = _state() / "apt"
+    apt = state_folder() / "apt"
     for folder in ("sources", "preferences", "lists/partial", "archives/partial"):
         (apt / folder).mkdir(parents=True, exist_ok=True)
     for source in Path("/etc/apt/sources.list.d").glob("debian*"):
@@ -172,7 +168,7 @@ def _base_image(named: str, log: Path) -> None:
         _say(f"{named} cannot be pulled; `apt-get install mmdebstrap` lets me make a base image")
         return
     _say(f"{named} cannot be pulled; making {LOCAL_BASE} from Debian's packages (half a minute)")
-    archive = _state() / "base.tar"
+    archive = state_folder() / "base.tar"
     archive.parent.mkdir(parents=True, exist_ok=True)
     command = ["mmdebstrap", "--variant=minbase", f"--include={_BASE_PACKAGES}"]
     # What a base image of Docker leaves out too.
@@ -193,7 +189,7 @@ def _base_image(named: str, log: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Do what is missing; nothing where an engine answers."""
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
-    log = _state() / "log" / "engine.log"
+    log = state_folder() / "log" / "engine.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     version = _answers()
     if version:
@@ -204,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             _install(log)
         version = _start(log)
         _say(f"Docker engine {version} is up")
-    _base_image(os.environ.get("BASE_IMAGE") or "python:3.11-slim-bookworm", log)
+    _base_image(os.environ.get("BASE_IMAGE") or BASE, log)
     return 0
 
 

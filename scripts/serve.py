@@ -35,11 +35,11 @@ def arguments(settings: Settings, where: Path) -> list[str]:
 def environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
     """Return vLLM's environment: caches in the volume, no statistics, no hub."""
     caches = settings.caches / settings.variant
-    one_process = settings.variant == "cpu" and settings.tensor_parallel_size == 1
+    one_worker = settings.variant == "cpu" and settings.tensor_parallel_size == 1
     return {
         **environ,
-        # Each process of vLLM costs seconds of imports; on a CPU one does the work.
-        **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if one_process else {}),
+        # Each process costs seconds of imports; the engine's own does the work of a lone worker.
+        **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if one_worker else {}),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "DO_NOT_TRACK": "1",
