@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from python_on_whales import Container, DockerClient
+from python_on_whales.components.system.models import SystemInfo
 from python_on_whales.exceptions import DockerException
 
-from scripts import errors, plan
+from scripts import errors, pins, plan
 from scripts.plan import ROOT, Plan
 
 # The base image of every variant, and what `make engine` makes where no registry answers.
@@ -31,37 +32,40 @@ class ComposeRuntime:
             compose_env_files=[str(file) for file in chosen.env_files],
         )
 
-    def check(self) -> None:
-        """Raise when the engine, the port or the disk cannot serve the plan; changes nothing."""
-        if not self.plan.variant.lock.exists():
-            raise errors.BuildFailed(
-                f"{self.plan.variant.lock.name} is not there", "a lock file", "see images/"
-            )
-        try:
-            info = self.docker.system.info()
-        except (DockerException, OSError) as error:
-            raise errors.EngineMissing(
-                f"no Docker engine answers: {_last_line(error)}",
-                "a running engine that this user may use",
-                "start Docker; or `make engine` on Debian as root; or make up RUNTIME=host",
-            ) from error
+    def check_build(self) -> None:
+        """Raise when the engine or the disk cannot build the images; changes nothing."""
+        info = self._info()
         self._check_version("Docker engine", info.server_version or "", _LEAST_ENGINE)
         self._check_version("Docker Compose", self._compose_version(), _LEAST_COMPOSE)
+        if not self._built():
+            # The installed environment, its copy in the layer, and the cache of wheels.
+            room = 3 * self.plan.variant.size_gb
+            plan.check_room(Path(info.docker_root_dir or "/"), room, "building the images")
+
+    def check(self) -> None:
+        """Raise when the engine, the port or the disk cannot serve the plan; changes nothing."""
+        self.check_build()
+        runtimes = self._info().runtimes or {}
         runtime = self.plan.environ.get("CONTAINER_RUNTIME") or "nvidia"
-        if runtime not in (info.runtimes or {}):
+        if runtime not in runtimes:
             raise errors.HostUnfit(
-                f"the Docker engine has no runtime {runtime!r}, only"
-                f" {', '.join(info.runtimes or {})}",
+                f"the Docker engine has no runtime {runtime!r}, only {', '.join(runtimes)}",
                 "the NVIDIA Container Toolkit, for a container to see the GPU",
                 "install nvidia-container-toolkit, run `nvidia-ctk runtime configure"
                 " --runtime=docker`, and restart Docker",
             )
         if not self._serving():
             plan.check_port(self.plan)
-        if not self._built():
-            # The installed environment, its copy in the layer, and the cache of wheels.
-            room = 3 * self.plan.variant.size_gb
-            plan.check_room(Path(info.docker_root_dir or "/"), room, "building the images")
+
+    def _info(self) -> SystemInfo:
+        try:
+            return self.docker.system.info()
+        except (DockerException, OSError) as error:
+            raise errors.EngineMissing(
+                f"no Docker engine answers: {_last_line(error)}",
+                "a running engine that this user may use",
+                "start Docker; or `make engine` on Debian as root; or make up RUNTIME=host",
+            ) from error
 
     @staticmethod
     def _check_version(what: str, found: str, least: tuple[int, int]) -> None:
@@ -130,12 +134,33 @@ class ComposeRuntime:
         revision = subprocess.run(git, capture_output=True, text=True, timeout=30).stdout.strip()
         os.environ["REVISION"] = os.environ.get("REVISION") or revision or "unknown"
         if self._run("build", "download", "serve"):
+            # The commonest cause, said last and by name: the build's own log is long.
+            lock = self.plan.variant.lock.read_text(encoding="utf-8")
+            pins.require_reach(pins.read(lock), [ROOT / self._wheels()], os.environ)
             raise errors.BuildFailed(
                 "the build ended with an error",
                 "an index that has every wheel of the lock",
                 "read the build's own error above; PIP_INDEX_URL names a mirror, WHEELS a folder"
                 " of wheels",
             )
+        self._check_size()
+
+    @staticmethod
+    def _wheels() -> str:
+        return os.environ.get("WHEELS") or "docker/wheels"
+
+    def _check_size(self) -> None:
+        """Raise BuildFailed when the serve image is over its budget in images/variants.toml."""
+        size = (self.docker.image.inspect(self._images()[1]).size or 0) / 1e9
+        budget = self.plan.variant.size_gb
+        if size > budget:
+            raise errors.BuildFailed(
+                f"the image of {self.plan.variant.name} has {size:.2f} GB unpacked",
+                f"at most {budget} GB, its budget in images/variants.toml",
+                "find out what grew (the build prints what it prunes); prune it in"
+                " images/prune.toml, or omit its package",
+            )
+        print(f"build: {self._images()[1]}, {size:.2f} of at most {budget} GB unpacked", flush=True)
 
     def download(self) -> None:
         """Run the one-shots that bring the model into the volume."""

@@ -86,6 +86,30 @@ class RehearsalFailed(StackError):
     exit_code = 13
 
 
+class DriverMissing(StackError):
+    """No NVIDIA driver, or no GPU, where the variant needs one."""
+
+    exit_code = 14
+
+
+class DriverTooOld(StackError):
+    """The NVIDIA driver cannot run the variant's CUDA."""
+
+    exit_code = 15
+
+
+class GpuUnsupported(StackError):
+    """The GPUs are too few, or the variant has no kernels for them, or they lack the number type."""
+
+    exit_code = 16
+
+
+class GpuMemoryShort(StackError):
+    """The GPU has too little free memory for the weights or for the share asked for."""
+
+    exit_code = 17
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """End the process with the exit code of `main`, or of the StackError it raises."""
     try:

@@ -104,14 +104,18 @@ class HostRuntime:
             "install python3.11 (apt, conda create python=3.11, or `uv python install 3.11`)",
         )
 
-    def check(self) -> None:
-        """Raise when Python, the port or the disk cannot serve the plan; changes nothing."""
+    def check_build(self) -> None:
+        """Raise when Python or the disk cannot take the environments; changes nothing."""
         self._python()
-        if not supervisord():
-            plan.check_port(self.plan)
         if not self._complete(self.plan.variant.name):
             # The environment, and the cache of wheels it is installed from.
             plan.check_room(self.state_dir, 2 * self.plan.variant.size_gb, "the environment")
+
+    def check(self) -> None:
+        """Raise when Python, the port or the disk cannot serve the plan; changes nothing."""
+        self.check_build()
+        if not supervisord():
+            plan.check_port(self.plan)
 
     def _complete(self, name: str) -> bool:
         return (self._venv(name) / "complete").exists()

@@ -6,34 +6,23 @@ Standard library only: it runs where nothing is installed yet but uv.
 import argparse
 import compileall
 import os
+import py_compile
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
-from scripts import errors
+from scripts import errors, pins
+from scripts.pins import Pin
 
-PYTORCH_INDEX_URL = "https://download.pytorch.org/whl"
-# Folders and files of wheels that serving never reads, below site-packages.
-_PRUNED = ("**/tests", "torch/test", "torch/include", "torch/share", "**/*.a", "torch/bin/[!t]*")
-_PRUNED += ("torch/bin/test_*",)
 # Four hundred architectures, of which a server imports one or two.
 _NOT_COMPILED = re.compile(r"/transformers/models/")
-
-
-def split(lock: str) -> tuple[str, str, str]:
-    """Split a lock's text into ordinary pins, pins with a local version, and the latter's suffix.
-
-    Wheels such as torch 2.13.0+cpu are on the PyTorch index alone. Naming that index for all of
-    them would make each wait for an index that many users cannot reach.
-    """
-    entries = re.split(r"\n(?=[A-Za-z0-9])", lock)
-    local = [entry for entry in entries if re.match(r"[\w.-]+==\S+\+\S", entry)]
-    rest = [entry for entry in entries if entry not in local]
-    suffixes = {entry.split("+")[1].split()[0] for entry in local}
-    return "\n".join(rest), "\n".join(local), "".join(sorted(suffixes)[:1])
+# Every file of an image gets this time, so that the same lock gives the same layer everywhere.
+_EPOCH = 1700000000
 
 
 def _uv() -> str:
@@ -48,30 +37,34 @@ def _uv() -> str:
     return found
 
 
-def _install(python: Path, pins: str, index: str, wheels: list[Path], what: str) -> None:
-    if not pins.strip():
+def _install(python: Path, wanted: list[Pin], index: str, wheels: list[Path], what: str) -> None:
+    """Install pins that come from one index, from the folders where these have them."""
+    if not wanted:
         return
     command = [_uv(), "pip", "install", "--python", str(python), "--require-hashes", "--no-deps"]
     # In a terminal uv shows a bar for what it fetches; in a log it would list every package.
     command += [] if sys.stderr.isatty() else ["--quiet"]
-    for folder in wheels:
-        command += ["--find-links", str(folder)]
-    if _all_in(wheels, pins):
-        # uv asks the index even for what the folder has, and fails if it does not answer.
-        command += ["--no-index"]
-    elif index:
-        command += ["--default-index", index]
-    environment = {"UV_HTTP_TIMEOUT": "60", "UV_HTTP_RETRIES": "2", "UV_NO_CONFIG": "1"}
+    environment = {"UV_HTTP_TIMEOUT": "60", "UV_HTTP_RETRIES": "3", "UV_NO_CONFIG": "1"}
     if os.environ.get("PIP_CERT"):
         environment["SSL_CERT_FILE"] = os.environ["PIP_CERT"]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as stream:
-        stream.write(pins)
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        # Only the very wheels of the lock: 2.13.0+cpu in a folder would pass for 2.13.0.
+        house = Path(folder, "wheels")
+        house.mkdir()
+        found = {pin: pin.wheel(wheels) for pin in wanted}
+        for path in filter(None, found.values()):
+            (house / path.name).symlink_to(path.resolve())
+        command += ["--find-links", str(house)]
+        if all(found[pin] or pin.url for pin in wanted):
+            # uv asks the index even for what the folder has, and fails if it does not answer.
+            command += ["--no-index"]
+        elif index:
+            command += ["--default-index", index]
+        lock = Path(folder, "lock.txt")
+        lock.write_text("\n".join(_text(pin, found[pin]) for pin in wanted), encoding="utf-8")
         done = subprocess.run(
-            [*command, "-r", stream.name], env={**os.environ, **environment}, timeout=3600
+            [*command, "-r", str(lock)], env={**os.environ, **environment}, timeout=7200
         )
-    finally:
-        Path(stream.name).unlink()
     if done.returncode != 0:
         raise errors.BuildFailed(
             f"{what} could not be installed from {index or 'the ordinary Python index'}",
@@ -81,14 +74,11 @@ def _install(python: Path, pins: str, index: str, wheels: list[Path], what: str)
         )
 
 
-def _all_in(wheels: list[Path], pins: str) -> bool:
-    """Whether the folders have a wheel of every pin."""
-    wanted = {
-        f"{name.replace('-', '_')}-{version}-".lower()
-        for name, version in re.findall(r"^([\w.-]+)==(\S+)", pins, re.MULTILINE)
-    }
-    names = [path.name.lower() for folder in wheels for path in folder.glob("*.whl")]
-    return all(any(name.startswith(prefix) for name in names) for prefix in wanted)
+def _text(pin: Pin, wheel: Path | None) -> str:
+    """Return the pin as uv is to read it: its URL exchanged for a mirror's or a file's."""
+    if not pin.url:
+        return pin.text
+    return pin.text.replace(pin.url, wheel.resolve().as_uri() if wheel else pins.mirrored(pin.url))
 
 
 def _alias(site: Path) -> None:
@@ -102,13 +92,48 @@ def _alias(site: Path) -> None:
         shutil.copy(found / "WHEEL", target / "WHEEL")
 
 
-def _prune(site: Path) -> None:
-    for pattern in _PRUNED:
-        for path in list(site.glob(pattern)):
-            if path.is_dir():
+def _size(paths: Iterable[Path]) -> int:
+    """Return the bytes of files, and of all files below folders."""
+    files = (found for path in paths for found in ([path] if path.is_file() else path.rglob("*")))
+    return sum(file.lstat().st_size for file in files if file.is_file() or file.is_symlink())
+
+
+def _prune(site: Path, table: Path) -> None:
+    """Remove and strip what `table` lists, and print the sizes."""
+    rules = tomllib.loads(table.read_text(encoding="utf-8"))
+    before = _size([site])
+    rows = []
+    for pattern, reason in rules["remove"].items():
+        found = list(site.glob(pattern))
+        rows.append((_size(found), pattern, reason))
+        for path in found:
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+    for pattern, reason in rules["strip"].items():
+        for path in site.glob(pattern):
+            old = path.stat().st_size
+            # binutils come with the compiler that Triton needs; an image without has no Triton.
+            subprocess.run(["strip", "--strip-unneeded", path], check=True, timeout=600)
+            rows.append((old - path.stat().st_size, pattern, f"{reason} (stripped)"))
+    for size, pattern, reason in sorted(rows, reverse=True):
+        if size >= 1e6:
+            print(f"prune: {size / 1e6:6.0f} MB  {pattern}  ({reason})")
+    after = _size([site])
+    print(f"prune: {before / 1e9:.2f} GB as installed, {after / 1e9:.2f} GB kept", flush=True)
+
+
+def _settle(venv: Path, site: Path) -> None:
+    """Compile the bytecode and make the environment the same, bit for bit, wherever it is built."""
+    for path in site.glob("*.dist-info/direct_url.json"):
+        # Where a wheel came from: another mirror, another folder.
+        path.unlink()
+    # Unchecked: nobody edits a source in an image, and no time stamp can make it stale.
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    compileall.compile_dir(site, quiet=2, workers=0, rx=_NOT_COMPILED, invalidation_mode=mode)
+    for path in [venv, *venv.rglob("*")]:
+        os.utime(path, (_EPOCH, _EPOCH), follow_symlinks=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,25 +142,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("lock", type=Path)
     parser.add_argument("venv", type=Path)
     parser.add_argument("--wheels", type=Path, action="append", default=[], help="folder of wheels")
-    parser.add_argument("--image", action="store_true", help="prune, and compile all bytecode")
+    parser.add_argument("--image", type=Path, help="for an image: prune by this table, compile all")
     options = parser.parse_args(argv)
 
-    ordinary, local, suffix = split(options.lock.read_text(encoding="utf-8"))
+    wanted = pins.read(options.lock.read_text(encoding="utf-8"))
     wheels = [folder for folder in options.wheels if any(folder.glob("*.whl"))]
+    pins.require_reach(wanted, wheels)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", options.venv], check=True)
     python = options.venv / "bin" / "python"
     site = next((options.venv / "lib").glob("python3*")) / "site-packages"
 
+    # An extra index that cannot be reached would cost each of a hundred packages its retries, so
+    # the few wheels that are not on the ordinary index go by themselves.
+    by_url = [pin for pin in wanted if pin.url]
+    _install(python, by_url, "", wheels, f"the wheels that {options.lock} names by URL")
+    for suffix in sorted({pin.local for pin in wanted if pin.local}):
+        local = [pin for pin in wanted if pin.local == suffix]
+        index = pins.suffix_index(suffix)
+        _install(python, local, index, wheels, f"the +{suffix} wheels of {options.lock}")
+    ordinary = [pin for pin in wanted if not pin.url and not pin.local]
     index = os.environ.get("PIP_INDEX_URL", "")
     _install(python, ordinary, index, wheels, f"what {options.lock} pins")
-    base = os.environ.get("PYTORCH_INDEX_URL") or PYTORCH_INDEX_URL
-    _install(python, local, f"{base}/{suffix}", wheels, f"the +{suffix} wheels of {options.lock}")
     _alias(site)
     # uv's own lock, which it leaves behind writable for everybody.
     (options.venv / ".lock").unlink(missing_ok=True)
     if options.image:
-        _prune(site)
-        compileall.compile_dir(site, quiet=2, workers=0, rx=_NOT_COMPILED)
+        _prune(site, options.image)
+        _settle(options.venv, site)
     return 0
 
 

@@ -436,7 +436,7 @@ def _tokenizer() -> dict[str, object]:
     }
 
 
-def _documents() -> dict[str, dict[str, object]]:
+def documents() -> dict[str, dict[str, object]]:
     """Return the checkpoint's JSON files, other than the index, by name."""
     return {
         "config.json": _config(),
@@ -485,7 +485,7 @@ def _write(folder: Path, weights: "Weights") -> None:
         places |= dict.fromkeys(shard, name)
     size = sum(weight.nbytes for shard in shards for weight in shard.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    for name, document in {**_documents(), "model.safetensors.index.json": index}.items():
+    for name, document in {**documents(), "model.safetensors.index.json": index}.items():
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
 

@@ -4,22 +4,67 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts import errors, snapshot
+from scripts import errors, snapshot, variants
 from scripts.settings import Settings
 
 _SECRET_WORDS = ("key", "token", "secret", "password")
+# Drivers since this one load what Triton's own ptxas (CUDA 12) assembles.
+_CUDA_12_DRIVER = "525.60.13"
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """How vLLM from one release on is spoken to, where it differs from its neighbours."""
+
+    since: str
+    # What takes `serve` and its arguments; the first word is a program of the environment.
+    program: tuple[str, ...] = ("vllm",)
+    arguments: tuple[str, ...] = ()
+    # The argument that lets running requests finish at a stop, where it has one.
+    drain: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+_DIALECTS = (
+    _Dialect(
+        "0.6",
+        program=("python", "-m", "scripts.bound"),
+        arguments=(
+            # These log every prompt unless told not to.
+            "--disable-log-requests",
+            # The other one, outlines, is left out of the image (images/cu121.omit).
+            *("--guided-decoding-backend", "lm-format-enforcer"),
+        ),
+    ),
+    _Dialect("0.6.4", arguments=("--disable-log-requests",)),
+    _Dialect("0.10"),
+    _Dialect(
+        "0.20",
+        drain="--shutdown-timeout",
+        # It would be compiled with nvcc at first use; the image has no nvcc.
+        environment={"VLLM_USE_FLASHINFER_SAMPLER": "0"},
+    ),
+)
+
+
+def _dialect(settings: Settings) -> _Dialect:
+    version = variants.number(variants.load()[settings.variant].vllm)
+    return [dialect for dialect in _DIALECTS if variants.number(dialect.since) <= version][-1]
 
 
 def arguments(settings: Settings, where: Path) -> list[str]:
     """Return vLLM's argument list for the model in folder `where`."""
-    result = ["vllm", "serve", str(where)]
+    dialect = _dialect(settings)
+    result = [*dialect.program, "serve", str(where)]
     result += ["--served-model-name", settings.served_model_name]
     result += ["--host", settings.host, "--port", str(settings.port)]
     result += ["--dtype", settings.dtype, "--max-model-len", str(settings.max_model_len)]
     result += ["--tensor-parallel-size", str(settings.tensor_parallel_size)]
-    result += ["--shutdown-timeout", str(settings.drain_seconds)]
+    if dialect.drain:
+        result += [dialect.drain, str(settings.drain_seconds)]
     if settings.variant == "cpu":
         # Compiling takes minutes on a few cores and gains little for the models a CPU can serve.
         result += ["--enforce-eager"]
@@ -29,7 +74,7 @@ def arguments(settings: Settings, where: Path) -> list[str]:
         result += ["--chat-template", settings.chat_template]
     if settings.trust_remote_code:
         result += ["--trust-remote-code"]
-    return [*result, *settings.vllm_args]
+    return [*result, *dialect.arguments, *settings.vllm_args]
 
 
 def environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
@@ -40,13 +85,17 @@ def environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str
         **environ,
         # Each process costs seconds of imports; the engine's own does the work of a lone worker.
         **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if one_worker else {}),
+        **_dialect(settings).environment,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_NO_USAGE_STATS": "1",
         # Our own HOST and PORT are arguments; vLLM reads variables of these names for its workers.
         "VLLM_HOST_IP": "127.0.0.1",
+        # The order in which scripts/gpu.py has looked at them.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "VLLM_CACHE_ROOT": str(caches / "vllm"),
+        "VLLM_CONFIG_ROOT": str(caches / "config" / "vllm"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "FLASHINFER_WORKSPACE_BASE": str(caches / "flashinfer"),

@@ -37,6 +37,15 @@ class Snapshot:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
 
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights that vLLM loads: safetensors, or where there are none, pickles."""
+        sizes = [
+            sum(file.size for file in self.files if file.path.endswith(suffixes))
+            for suffixes in ((".safetensors",), (".bin", ".pt", ".pth"), (".gguf",))
+        ]
+        return next(filter(None, sizes), 0)
+
 
 def folder(root: Path, model_id: str) -> Path:
     """Where `model_id` lies below the models root; the hub uses the same layout."""

@@ -81,7 +81,7 @@ def _wait(runtime: ComposeRuntime | HostRuntime) -> None:
 def build(chosen: Plan) -> int:
     """Build what the plan runs."""
     runtime = _runtime(chosen)
-    runtime.check()
+    runtime.check_build()
     runtime.build()
     return 0
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts import errors, snapshot
+from scripts import errors, gpu, snapshot
 from scripts.settings import Settings
 
 CONF = Path(__file__).resolve().parent.parent / "docker" / "supervisord.conf"
@@ -22,9 +22,13 @@ def main(argv: list[str] | None = None) -> int:
     log = parser.parse_args(argv).log
 
     settings = Settings.from_environ()
-    # A wrong setting or a missing model stays wrong however often it is retried: end here.
+    # A wrong setting, a missing model or an unfit GPU stays wrong however often it is
+    # retried: end here.
     settings.check_files()
-    snapshot.require(settings.models, settings.model_id, settings.model_revision)
+    where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
+    found = gpu.require(settings, snapshot.load(where).weights)
+    if found:
+        print(f"supervise: {found}", flush=True)
     settings.run.mkdir(parents=True, exist_ok=True)
     given_up = settings.run / "given-up"
     for mark in (given_up, settings.run / "answered"):

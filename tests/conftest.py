@@ -3,6 +3,7 @@
 import shutil
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ from tests.stacks import Done, Stack, free_port, run
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--url", help="base URL of a running endpoint for the smoke tests")
+    parser.addoption("--gpu-variant", default="cu121", help="the image that tests/gpu runs")
+    parser.addoption("--image-root", type=Path, help="its unpacked root instead, without Docker")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,146 @@
+"""An image's real entry point on a GPU, in Docker or an unpacked root, with GLM-4-9B's shape."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import requests
+
+from scripts import rehearsal, snapshot
+from tests.gpu.root import environment
+from tests.stacks import free_port, run
+
+MODEL_ID, REVISION = "ZhipuAI/glm-4-9b-chat", "master"
+# https://modelscope.cn/models/ZhipuAI/glm-4-9b-chat, config.json
+SHAPE = {
+    "ffn_hidden_size": 13696,
+    "hidden_size": 4096,
+    "kv_channels": 128,
+    "multi_query_group_num": 2,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 40,
+    "num_layers": 40,
+    "rope_ratio": 500,
+}
+READY_SECONDS = 600
+
+
+def write_model(models: Path) -> None:
+    """Write a snapshot of GLM-4-9B's shape, without weights and with the rehearsal's tokenizer."""
+    where = snapshot.folder(models, MODEL_ID)
+    where.mkdir(parents=True, exist_ok=True)
+    for name, document in rehearsal.documents().items():
+        if name == "config.json":
+            document = {**document, **SHAPE}
+        (where / name).write_text(json.dumps(document), encoding="utf-8")
+    snapshot.record(where, MODEL_ID, REVISION, "tests.gpu")
+
+
+@dataclass
+class Server:
+    """A started entry point: its URL, its process, its log, and how long it took to be ready."""
+
+    url: str
+    process: subprocess.Popen
+    log: Path
+    seconds: float = 0.0
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def tail(self, lines: int = 60) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def wait(self) -> None:
+        """Wait for /health; tell a server that ended from one that is late."""
+        begin = time.monotonic()
+        while True:
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    self.seconds = time.monotonic() - begin
+                    return
+            code = self.process.poll()
+            assert code is None, f"expected a server, it ended with {code}; its log:\n{self.tail()}"
+            late = time.monotonic() - begin > READY_SECONDS
+            assert not late, f"expected /health within {READY_SECONDS} s; its log:\n{self.tail()}"
+            time.sleep(0.2)
+
+    def stop(self) -> int:
+        """Send SIGTERM and return the code; kill the group if it does not end."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout=90)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait(timeout=10)
+
+
+def settings(port: int, more: dict[str, str]) -> dict[str, str]:
+    """Return what an operator would set for this run."""
+    return {
+        "MODEL_ID": MODEL_ID,
+        "MODEL_REVISION": REVISION,
+        "HOST": "127.0.0.1",
+        "PORT": str(port),
+        "MAX_MODEL_LEN": "8192",
+        "TRUST_REMOTE_CODE": "0",
+        "VLLM_ARGS": "--load-format dummy",
+        **more,
+    }
+
+
+@contextlib.contextmanager
+def in_root(root: Path) -> Iterator[None]:
+    """Mount what a container has besides its own files, for as long as it is needed."""
+    places = ["proc", "dev", "sys", "dev/shm"]
+    for place in places:
+        (root / place).mkdir(exist_ok=True)
+        run("mount", "--rbind", f"/{place}", str(root / place)).check()
+        # Or taking it down again would take down this machine's own.
+        run("mount", "--make-rslave", str(root / place)).check()
+    try:
+        yield
+    finally:
+        for place in reversed(places):
+            run("umount", "--lazy", str(root / place))
+
+
+def command(root: Path | None, image: str, port: int, models: Path, more: dict[str, str]) -> list:
+    """Return the command that runs the entry point, in an unpacked root or in Docker."""
+    if root:
+        values = {**environment(root), "HOME": "/home/stack", **settings(port, more)}
+        pairs = [f"{name}={value}" for name, value in values.items()]
+        inner = "cd /app && exec python -m scripts.supervise"
+        chroot = ["chroot", "--userspec=10001:10001", str(root)]
+        return [*chroot, "/usr/bin/env", "-i", *pairs, "sh", "-c", inner]
+    values = settings(8000, {**more, "HOST": "0.0.0.0"})
+    pairs = [word for name, value in values.items() for word in ("--env", f"{name}={value}")]
+    hardened = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--init"]
+    places = ["--tmpfs=/tmp", "--tmpfs=/run/stack:uid=10001,gid=10001", "--shm-size=2g"]
+    places += [f"--volume={models}:/models:ro", "--volume=glm4-test-caches:/caches"]
+    publish = f"--publish=127.0.0.1:{port}:8000"
+    return ["docker", "run", "--rm", "--gpus=all", publish, *hardened, *places, *pairs, image]
+
+
+@contextlib.contextmanager
+def served(root: Path | None, image: str, models: Path, log: Path, **more: str) -> Iterator[Server]:
+    """Start the entry point, yield it without waiting, and end it."""
+    port = free_port()
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command(root, image, port, models, more),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        yield server
+    finally:
+        server.stop()
