@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.root import environment
-from tests.gpu.servers import Server, in_root, served, write_model
+from tests.gpu.servers import Server, in_root, run_file, served, write_model
+from tests.stacks import Done
 
 
 @dataclass
@@ -22,6 +23,9 @@ class Subject:
 
     def serve(self, log: Path, **more: str):
         return served(self.root, self.image, self.models, log, **more)
+
+    def run_file(self, file: Path) -> Done:
+        return run_file(self.root, self.image, file)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -14,7 +15,7 @@ import requests
 
 from scripts import rehearsal, snapshot
 from tests.gpu.root import environment
-from tests.stacks import free_port, run
+from tests.stacks import Done, free_port, run
 
 MODEL_ID, REVISION = "ZhipuAI/glm-4-9b-chat", "master"
 # https://modelscope.cn/models/ZhipuAI/glm-4-9b-chat, config.json
@@ -110,21 +111,45 @@ def in_root(root: Path) -> Iterator[None]:
             run("umount", "--lazy", str(root / place))
 
 
+HARDENED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--init")
+# Runs a file with the environment that vLLM gets; its own folder is not the program's.
+AS_VLLM = """
+import os, sys
+from scripts import serve
+from scripts.settings import Settings
+environment = serve.environment(Settings.from_environ(), os.environ)
+os.execve(sys.executable, ["python", sys.argv[1]], environment)
+"""
+
+
+def inside(root: Path, values: dict[str, str], *program: str) -> list[str]:
+    """Return the command that runs a program in an unpacked root, as its image would."""
+    values = {**environment(root), "HOME": "/home/stack", **values}
+    pairs = [f"{name}={value}" for name, value in values.items()]
+    chroot = ["chroot", "--userspec=10001:10001", str(root), "/usr/bin/env", "-i", *pairs]
+    return [*chroot, "sh", "-c", 'cd /app && exec "$@"', "sh", *program]
+
+
 def command(root: Path | None, image: str, port: int, models: Path, more: dict[str, str]) -> list:
     """Return the command that runs the entry point, in an unpacked root or in Docker."""
     if root:
-        values = {**environment(root), "HOME": "/home/stack", **settings(port, more)}
-        pairs = [f"{name}={value}" for name, value in values.items()]
-        inner = "cd /app && exec python -m scripts.supervise"
-        chroot = ["chroot", "--userspec=10001:10001", str(root)]
-        return [*chroot, "/usr/bin/env", "-i", *pairs, "sh", "-c", inner]
+        return inside(root, settings(port, more), "python", "-m", "scripts.supervise")
     values = settings(8000, {**more, "HOST": "0.0.0.0"})
     pairs = [word for name, value in values.items() for word in ("--env", f"{name}={value}")]
-    hardened = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--init"]
     places = ["--tmpfs=/tmp", "--tmpfs=/run/stack:uid=10001,gid=10001", "--shm-size=2g"]
     places += [f"--volume={models}:/models:ro", "--volume=glm4-test-caches:/caches"]
     publish = f"--publish=127.0.0.1:{port}:8000"
-    return ["docker", "run", "--rm", "--gpus=all", publish, *hardened, *places, *pairs, image]
+    return ["docker", "run", "--rm", "--gpus=all", publish, *HARDENED, *places, *pairs, image]
+
+
+def run_file(root: Path | None, image: str, file: Path) -> Done:
+    """Run a Python file inside the image, with vLLM's environment."""
+    if root:
+        shutil.copy(file, root / "tmp" / file.name)
+        return run(*inside(root, {}, "python", "-c", AS_VLLM, f"/tmp/{file.name}"), timeout=300)
+    places = ["--tmpfs=/tmp", "--volume=glm4-test-caches:/caches", f"--volume={file}:/file.py:ro"]
+    options = ["--rm", "--gpus=all", *HARDENED, *places, "--entrypoint=python"]
+    return run("docker", "run", *options, image, "-c", AS_VLLM, "/file.py", timeout=300)
 
 
 @contextlib.contextmanager

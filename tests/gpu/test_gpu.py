@@ -126,3 +126,10 @@ def test_a_share_that_is_not_free_is_refused_before_vllm_starts(
     for text in ("GiB free", "GPU_MEMORY_UTILIZATION=0.9", "nvidia-smi"):
         assert text in log.read_text(), log.read_text()
     assert "vllm serve" not in log.read_text()
+
+
+def test_triton_compiles_and_runs_a_kernel_in_the_image(subject: Subject) -> None:
+    # vLLM's own environment, so with the variant's assembler and cache.
+    done = subject.run_file(Path(__file__).with_name("kernel.py"))
+    print("\n" + done.check().output)
+    done.says("add is right", "multiply is right")
