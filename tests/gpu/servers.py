@@ -157,6 +157,8 @@ def served(root: Path | None, image: str, models: Path, log: Path, **more: str) 
     """Start the entry point, yield it without waiting, and end it."""
     port = free_port()
     with log.open("w") as stream:
+        # supervisord opens its standard output anew, as the image's user.
+        log.chmod(0o666)
         process = subprocess.Popen(
             command(root, image, port, models, more),
             stdout=stream,
