@@ -24,7 +24,7 @@ status: .venv/host ## Show what runs
 logs: .venv/host ## Follow the logs
 	@$(STACK) logs $(CHOICE)
 
-build: .venv/host ## Build the images (or the environments of the host runtime)
+build: .venv/host ## Build the images: make build [CUDA=118|121|130|cpu|all]
 	@$(STACK) build $(CHOICE)
 
 download: .venv/host ## Bring the model
@@ -39,8 +39,9 @@ test: .venv/dev ## Run all tests (needs a Docker engine; `make engine` brings on
 lint: .venv/dev ## Correct the form of the code
 	@$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
 
-lock: .venv/host ## Compile a lock file: make lock CUDA=cpu|download|uv|host
-	@$(PY) -m scripts.lock $(CUDA)
+lock: .venv/host ## Compile a lock file: make lock CUDA=121 [VLLM_VERSION=… RESOLVED_BEFORE=…]
+	@$(PY) -m scripts.lock $(CUDA) $(if $(VLLM_VERSION),--vllm $(VLLM_VERSION)) \
+	  $(if $(RESOLVED_BEFORE),--before $(RESOLVED_BEFORE))
 
 engine: .venv/host ## Bring up a Docker engine on a Debian host, as root
 	@$(PY) -m scripts.engine

@@ -99,7 +99,7 @@ class DriverTooOld(StackError):
 
 
 class GpuUnsupported(StackError):
-    """The GPUs are too few, or the variant has no kernels for them, or they lack the number type."""
+    """The GPUs are too few, or lack the kernels of the variant or the number type."""
 
     exit_code = 16
 

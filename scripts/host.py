@@ -5,6 +5,7 @@ import ctypes.util
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -105,8 +106,10 @@ class HostRuntime:
         )
 
     def check_build(self) -> None:
-        """Raise when Python or the disk cannot take the environments; changes nothing."""
-        self._python()
+        """Raise when this host lacks Python, a compiler or room; changes nothing."""
+        python = self._python()
+        if self.plan.variant.cuda:
+            _require_compiler(python)
         if not self._complete(self.plan.variant.name):
             # The environment, and the cache of wheels it is installed from.
             plan.check_room(self.state_dir, 2 * self.plan.variant.size_gb, "the environment")
@@ -155,7 +158,9 @@ class HostRuntime:
         # LD_LIBRARY_PATH is read at the start of a process, so of those that we start.
         known = [str(target), self.environ.get("LD_LIBRARY_PATH", "")]
         self.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, known))
-        for package in (IMAGES / f"{self.plan.variant.name}.apt").read_text().split():
+        packages = (IMAGES / f"{self.plan.variant.name}.apt").read_text().split()
+        # What is no shared library (a compiler) is asked for in check_build.
+        for package in filter(re.compile(r"lib[a-z]+\d+$").match, packages):
             stem = package.removeprefix("lib").rstrip("0123456789")
             if ctypes.util.find_library(stem) or any(target.glob(f"lib{stem}.so*")):
                 continue
@@ -312,6 +317,21 @@ class HostRuntime:
         """Print the state of the server."""
         name, detail = self.state()
         print(f"host runtime in {self.state_dir}: {name} ({detail})")
+
+
+def _require_compiler(python: str) -> None:
+    """Raise HostUnfit without gcc or Python's headers: Triton compiles its launchers with them."""
+    script = "import sysconfig; print(sysconfig.get_path('include'))"
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=60)
+    headers = Path(done.stdout.strip(), "Python.h")
+    missing = [] if shutil.which("gcc") else ["gcc"]
+    missing += [] if headers.exists() else [str(headers)]
+    if missing:
+        raise errors.HostUnfit(
+            f"this host lacks {' and '.join(missing)}",
+            "a C compiler and the headers of Python, with which Triton compiles at run time",
+            "as root: apt-get install gcc libc6-dev python3-dev (conda has both, too)",
+        )
 
 
 def _ended(what: str, code: int) -> errors.StackError:

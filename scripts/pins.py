@@ -43,13 +43,18 @@ class Pin:
     def wheel(self, folders: Iterable[Path]) -> Path | None:
         """Return this very wheel in one of the folders."""
         stem = f"{re.sub(r'[-_.]+', '_', self.name)}-{self.version}-".lower()
-        wanted = unquote(Path(urlsplit(self.url).path).name) if self.url else ""
+        wanted = wheel_name(self.url) if self.url else ""
         for folder in folders:
             for path in sorted(folder.glob("*.whl")):
                 name = unquote(path.name)
                 if name == wanted or (not wanted and name.lower().startswith(stem)):
                     return path
         return None
+
+
+def wheel_name(url: str) -> str:
+    """Return the file name of a wheel's URL, unquoted."""
+    return unquote(Path(urlsplit(url).path).name)
 
 
 def read(lock: str) -> list[Pin]:

@@ -37,40 +37,44 @@ class Plan:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.port}"
 
 
-def driver() -> str:
-    """Return the version of the NVIDIA driver, or an empty string where there is no GPU."""
+def gpus() -> tuple[str, list[tuple[int, ...]]]:
+    """Return the NVIDIA driver's version, empty for none, and each GPU's compute capability."""
+    # The oldest drivers do not tell the capability.
+    for fields in ("driver_version,compute_cap", "driver_version"):
+        lines = _nvidia_smi(fields)
+        if lines:
+            rows = [line.split(", ") for line in lines]
+            return rows[0][0], [variants.number(row[1]) for row in rows if len(row) > 1]
+    return "", []
+
+
+def _nvidia_smi(fields: str) -> list[str]:
     if not shutil.which("nvidia-smi"):
-        return ""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return []
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except subprocess.TimeoutExpired:
-        return ""
-    return done.stdout.split("\n")[0].strip() if done.returncode == 0 else ""
+        return []
+    return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
 
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
-
-
-def _choose_variant(cuda: str, wanted: str, found: str) -> tuple[Variant, str]:
-    """Return the variant and the reason, from CUDA=, VARIANT in .env, or the driver found."""
+def _choose_variant(cuda: str, wanted: str) -> tuple[Variant, str]:
+    """Return the variant and the reason, from CUDA=, VARIANT in .env, or the GPUs found."""
     if cuda:
         return variants.named(cuda), f"variant {variants.named(cuda).name}: CUDA={cuda}"
     if wanted:
         return variants.named(wanted), f"variant {wanted}: VARIANT in .env"
-    known = variants.load()
-    if not found:
-        return known["cpu"], "variant cpu: no NVIDIA GPU on this host"
-    fitting = [
-        variant
-        for variant in known.values()
-        if variant.cuda and _number(variant.least_driver) <= _number(found)
-    ]
+    cpu = variants.named("cpu")
+    driver, capabilities = gpus()
+    if not driver:
+        return cpu, "variant cpu: no NVIDIA GPU on this host"
+    shown = ", ".join(sorted({".".join(map(str, found)) for found in capabilities}))
+    host = f"NVIDIA driver {driver}" + (f" and compute capability {shown}" if shown else "")
+    fitting = variants.fitting(driver, capabilities)
     if not fitting:
-        return known["cpu"], f"variant cpu: no image here runs on NVIDIA driver {found}"
-    best = max(fitting, key=lambda variant: _number(variant.cuda))
-    return best, f"variant {best.name}: the newest for NVIDIA driver {found}"
+        return cpu, f"variant cpu: no image here runs on {host}"
+    return fitting[0], f"variant {fitting[0].name}: the newest for {host}"
 
 
 def _engine_answers() -> bool:
@@ -98,7 +102,7 @@ def make(cuda: str = "", runtime: str = "") -> Plan:
     env_files = (own,) if own.exists() else ()
     environ = {**_values(env_files), **os.environ}
 
-    variant, reason = _choose_variant(cuda, environ.get("VARIANT", ""), driver())
+    variant, reason = _choose_variant(cuda, environ.get("VARIANT", ""))
     reasons = [reason]
     if variant.name == "cpu" and not environ.get("MODEL_ID"):
         env_files = (*env_files, REHEARSAL)
@@ -119,8 +123,9 @@ def make(cuda: str = "", runtime: str = "") -> Plan:
         runtime = "host"
         reasons.append("runtime host: no Docker engine answers (`make engine` brings one up)")
 
+    _check_version(variant, environ.get("VLLM_VERSION", ""))
     environ["VARIANT"] = variant.name
-    environ.update(CUDA_LINE=variant.cuda, VLLM_VERSION=variant.vllm)
+    environ.update(CUDA_LINE=variant.cuda, VLLM_RELEASE=variant.vllm)
     if not variant.cuda:
         environ["CONTAINER_RUNTIME"] = "runc"
     environ.update(index.environment())
@@ -133,6 +138,16 @@ def make(cuda: str = "", runtime: str = "") -> Plan:
         environ=environ,
         settings=Settings.from_environ(environ),
     )
+
+
+def _check_version(variant: Variant, wanted: str) -> None:
+    """Raise SettingInvalid when another vLLM is asked for than the lock has."""
+    if wanted and wanted != variant.vllm:
+        raise errors.SettingInvalid(
+            f"VLLM_VERSION={wanted!r}",
+            f"{variant.vllm}, which images/{variant.lock.name} has",
+            f"make lock CUDA={variant.short} VLLM_VERSION={wanted}, then build again",
+        )
 
 
 def _values(env_files: tuple[Path, ...]) -> dict[str, str]:

@@ -3,11 +3,12 @@
 import os
 import shlex
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts import errors, snapshot, variants
+from scripts import errors, gpu, snapshot, variants
 from scripts.settings import Settings
 
 _SECRET_WORDS = ("key", "token", "secret", "password")
@@ -77,6 +78,20 @@ def arguments(settings: Settings, where: Path) -> list[str]:
     return [*result, *dialect.arguments, *settings.vllm_args]
 
 
+def _assembler() -> dict[str, str]:
+    """Return TRITON_PTXAS_PATH where Triton's own ptxas makes code too new for this driver.
+
+    Only an image for old drivers has another one (images/cu118.in). It knows no sm_90a, so it must
+    not be used where it need not.
+    """
+    path = Path(sysconfig.get_path("purelib"), "nvidia", "cuda_nvcc", "bin", "ptxas")
+    if not path.exists():
+        return {}
+    driver, _ = gpu.look()
+    old = variants.number(driver) < variants.number(_CUDA_12_DRIVER)
+    return {"TRITON_PTXAS_PATH": str(path)} if old else {}
+
+
 def environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
     """Return vLLM's environment: caches in the volume, no statistics, no hub."""
     caches = settings.caches / settings.variant
@@ -86,6 +101,7 @@ def environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str
         # Each process costs seconds of imports; the engine's own does the work of a lone worker.
         **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if one_worker else {}),
         **_dialect(settings).environment,
+        **_assembler(),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "DO_NOT_TRACK": "1",

@@ -2,10 +2,11 @@
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 
-from scripts import compose, errors, host, plan
+from scripts import compose, errors, host, plan, variants
 from scripts.compose import ComposeRuntime
 from scripts.host import HostRuntime
 from scripts.plan import Plan
@@ -86,6 +87,25 @@ def build(chosen: Plan) -> int:
     return 0
 
 
+def build_all(runtime: str) -> int:
+    """Build every variant, each in a process of its own; go on when one cannot be built."""
+    known = list(variants.load().values())
+    failed = []
+    for variant in known:
+        print(f"build: {variant.name}", flush=True)
+        command = [sys.executable, "-m", "scripts.stack", "build", "--cuda", variant.short]
+        command += ["--runtime", runtime] if runtime else []
+        if subprocess.run(command).returncode:
+            failed.append(variant.name)
+    if failed:
+        raise errors.BuildFailed(
+            f"{', '.join(failed)} could not be built, {len(known) - len(failed)} others were",
+            "the hosts that their lock files name",
+            "read each one's own error above",
+        )
+    return 0
+
+
 def download(chosen: Plan) -> int:
     """Bring the model."""
     runtime = _runtime(chosen)
@@ -110,10 +130,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=[*PREPARING, *RUNNING])
-    parser.add_argument("--cuda", default="", help="118, 121, 130 or cpu; by default what fits")
+    parser.add_argument("--cuda", default="", help="118, 121, 130, cpu, or all (build)")
     parser.add_argument("--runtime", default="", help="docker or host; by default what is there")
     options = parser.parse_args(argv)
 
+    if options.command == "build" and options.cuda == "all":
+        return build_all(options.runtime)
     if options.command in PREPARING:
         return PREPARING[options.command](plan.make(options.cuda, options.runtime))
     running = _running(options.cuda, options.runtime)

@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     # A wrong setting, a missing model or an unfit GPU stays wrong however often it is
     # retried: end here.
     settings.check_files()
+    # Before the model is asked for: nobody should fetch it for a GPU that cannot serve it.
+    gpu.require(settings, 0)
     where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
     found = gpu.require(settings, snapshot.load(where).weights)
     if found:
@@ -34,12 +36,23 @@ def main(argv: list[str] | None = None) -> int:
     for mark in (given_up, settings.run / "answered"):
         mark.unlink(missing_ok=True)
 
+    output = str(log or "/dev/fd/1")
+    try:
+        # As supervisord will: if it cannot, it gives up vLLM and its listener both, and stays.
+        os.close(os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
+    except OSError as error:
+        raise errors.ServeFailed(
+            f"{output} cannot be opened to write: {error.strerror}",
+            "a standard output that this user may open (a pipe or a terminal of its own)",
+            "give the output to a pipe: … | cat",
+        ) from None
+
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
         "RUN_DIR": str(settings.run),
         "STOP_SECONDS": str(settings.drain_seconds + _MARGIN_SECONDS),
-        "VLLM_LOG": str(log or "/dev/fd/1"),
+        "VLLM_LOG": output,
         # Supervisor cannot rotate a pipe.
         "LOG_MAXBYTES": "20MB" if log else "0",
     }

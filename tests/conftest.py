@@ -1,8 +1,9 @@
 """Fixtures: a stack of each runtime, brought up the way the README says, and torn down."""
 
+import functools
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from tests.stacks import Done, Stack, free_port, run
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--url", help="base URL of a running endpoint for the smoke tests")
+    parser.addoption(
+        "--variants", default="cpu,cu121,cu130", help="the images that tests/image builds"
+    )
     parser.addoption("--gpu-variant", default="cu121", help="the image that tests/gpu runs")
     parser.addoption("--image-root", type=Path, help="its unpacked root instead, without Docker")
 
@@ -46,9 +50,20 @@ def host_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="session")
-def images() -> Done:
-    """The images of the cpu variant, by `make build`."""
-    return run("make", "build", CUDA="cpu", RUNTIME="docker").check()
+def build_images() -> Callable[[str], Done]:
+    """Build the images of a variant, given as in CUDA=, by `make build`, once."""
+
+    @functools.cache
+    def build(cuda: str) -> Done:
+        return run("make", "build", CUDA=cuda, RUNTIME="docker", timeout=3600).check()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def images(build_images: Callable[[str], Done]) -> Done:
+    """The images of the cpu variant."""
+    return build_images("cpu")
 
 
 @pytest.fixture(scope="session")

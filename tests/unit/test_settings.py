@@ -107,7 +107,7 @@ def test_env_example_and_compose_name_the_same_variables() -> None:
     passed = set(re.findall(r"^  +([A-Z_]+):$", compose, re.MULTILINE))
     interpolated = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", compose))
     # Not for operators: builds set these, and proxies are the shell's.
-    ours = {"VERSION", "REVISION", "CUDA_LINE", "VLLM_VERSION", "IMAGE", "HUB_VOLUME"}
+    ours = {"VERSION", "REVISION", "CUDA_LINE", "VLLM_RELEASE", "IMAGE", "HUB_VOLUME"}
     ours |= {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
     assert (passed | set(interpolated)) - ours == set(documented())
     for name, default in interpolated.items():
