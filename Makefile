@@ -7,10 +7,10 @@ CHOICE := $(if $(CUDA),--cuda $(CUDA)) $(if $(RUNTIME),--runtime $(RUNTIME))
 URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status logs build download smoke test lint lock engine
+.PHONY: help up down status logs build download smoke test test-gpu lint lock engine
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 up: .venv/host ## Bring the endpoint up: make up [CUDA=121] [RUNTIME=docker|host] [PORT=8000]
 	@$(STACK) up $(CHOICE)
@@ -33,8 +33,12 @@ download: .venv/host ## Bring the model
 smoke: .venv/dev ## Check a running endpoint, ours or any: make smoke [URL=http://…:8000]
 	@url=$(or $(URL),$$($(STACK) url $(CHOICE))) && $(PY) -m pytest -q tests/smoke --url "$$url"
 
-test: .venv/dev ## Run all tests (needs a Docker engine; `make engine` brings one up)
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m pytest $(TESTS)
+test: .venv/dev ## Run all tests: make test [TESTS=tests/unit] [VARIANTS=cpu]; `make engine` first
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && \
+	  $(PY) -m pytest $(TESTS) $(if $(VARIANTS),--variants $(VARIANTS))
+
+test-gpu: .venv/dev ## Test an image on this host's GPU: make test-gpu CUDA=121
+	@$(PY) -m pytest -s tests/gpu --gpu-variant cu$(CUDA)
 
 lint: .venv/dev ## Correct the form of the code
 	@$(PY) -m ruff check --fix . ; $(PY) -m ruff format .

@@ -14,9 +14,9 @@ TABLE = IMAGES / "variants.toml"
 
 @dataclass(frozen=True)
 class Advisory:
-    """What is known against a variant's vLLM: its id, what it allows, and what contains it here."""
+    """What is known against a variant's vLLM: ids, what it allows, and what contains it here."""
 
-    id: str
+    ids: tuple[str, ...]
     what: str
     contained: str
 
@@ -77,7 +77,9 @@ def load() -> dict[str, Variant]:
     tables = tomllib.loads(TABLE.read_text(encoding="utf-8"))
     result = {}
     for name, table in tables.items():
-        table["advisories"] = tuple(Advisory(**advisory) for advisory in table["advisories"])
+        table["advisories"] = tuple(
+            Advisory(tuple(row.pop("ids")), **row) for row in table.get("advisories", [])
+        )
         table["capabilities"] = tuple(table["capabilities"])
         table["fresh"] = tuple(table["fresh"])
         result[name] = Variant(name=name, **table)

@@ -215,7 +215,8 @@ def test_every_argument_of_serve_is_known_to_vllm(serve: Image) -> None:
     )
     options = ("--env=CHAT_TEMPLATE=/t", "--env=TRUST_REMOTE_CODE=1")
     words = serve.inside("python", "-c", script, options=options).check().output.split()
-    arguments = words[words.index("serve") + 1 :]
+    # The model is the command's own word, not the parser's.
+    arguments = words[words.index("serve") + 2 :]
     assert len(arguments) > 14
     serve.pretend("--parse", *arguments).check().says("parsed 8192")
     serve.pretend("--parse", *arguments, "--no-such-argument").check(2).says("--no-such-argument")
@@ -254,7 +255,8 @@ def test_triton_compiles_for_each_generation_without_a_gpu(gpu_image: Image) -> 
 def test_triton_can_compile_its_launchers(gpu_image: Image) -> None:
     script = (
         "echo '#include <Python.h>' > /tmp/x.c && gcc -shared -fPIC -o /tmp/x.so /tmp/x.c"
-        " -I$(python -c 'import sysconfig; print(sysconfig.get_path(\"include\"))') && echo compiled"
+        " -I$(python -c 'import sysconfig; print(sysconfig.get_path(\"include\"))')"
+        " && echo compiled"
     )
     gpu_image.inside("sh", "-c", script).check().says("compiled")
 

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,20 @@ def test_a_missing_engine(tmp_path: Path) -> None:
         sys.executable, "-m", "scripts.stack", "up", "--runtime", "docker", DOCKER_HOST=nowhere
     )
     refused(done, 9, "no Docker engine answers", "make engine", "RUNTIME=host")
+
+
+@pytest.mark.docker
+def test_a_build_whose_index_does_not_answer_ends_within_a_minute_and_names_it() -> None:
+    closed = f"http://127.0.0.1:{free_port()}"
+    mirrors = {"PYTORCH_INDEX_URL": f"{closed}/whl", "GITHUB_URL": closed}
+    run("make", "build", CUDA="cpu", RUNTIME="docker").check()  # The stages before it.
+    begin = time.monotonic()
+    done = run("make", "build", CUDA="118", RUNTIME="docker", **mirrors)
+    assert time.monotonic() - begin < 60, done.explain("an end within a minute")
+    # GNU make ends with 2 whatever the recipe's code was.
+    done.check(2).says("Error 11", f"{closed}/whl/cu118/torch-2.7.1", "PYTORCH_INDEX_URL", "WHEELS")
+    last = done.output[done.output.rindex("error: ") :]
+    assert "does not answer" in last and "Traceback" not in done.output, last
 
 
 @pytest.mark.docker

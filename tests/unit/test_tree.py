@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import errors, variants
 from tests.stacks import ROOT
 
 # What a module of scripts/ may import of scripts/, from the bottom up. Jobs import no other job.
@@ -78,3 +79,21 @@ def test_the_python_image_gets_every_script_it_imports() -> None:
         for name in copied:
             own, _ = imported(ROOT / "scripts" / f"{name}.py")
             assert own <= copied, f"{target}: {name} imports {own - copied}"
+
+
+def test_readme_shows_the_table_of_variants() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for variant in variants.load().values():
+        capabilities = " to ".join(variant.capabilities) or "–"
+        cells = [f"`{variant.short}`", variant.cuda or "–", f"{variant.vllm} ({variant.engine})"]
+        cells += [variant.least_driver or "–", capabilities, variant.why]
+        assert f"| {' | '.join(cells)} |" in readme
+
+
+def test_readme_lists_every_exit_code() -> None:
+    table = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("| exit code |")[1].split("\n\n")[0]
+    )
+    listed = {int(code) for code in re.findall(r"\b\d+\b", table)}
+    # 13 is the rehearsal's own: no operator's command ends with it.
+    assert {kind.exit_code for kind in errors.StackError.__subclasses__()} - {13} == listed
