@@ -34,9 +34,9 @@ class Pin:
 
     @property
     def local(self) -> str:
-        """The local part of the version, such as cpu in 2.13.0+cpu; these are no index's but one's.
+        """The local part of the version, such as cpu in 2.13.0+cpu: the PyTorch index alone has it.
 
-        Wheels with a URL have none here: they need no index.
+        Empty for a wheel with a URL, which needs no index.
         """
         return self.version.partition("+")[2]
 

@@ -24,8 +24,8 @@ class Subject:
     def serve(self, log: Path, **more: str):
         return served(self.root, self.image, self.models, log, **more)
 
-    def run_file(self, file: Path) -> Done:
-        return run_file(self.root, self.image, file)
+    def run_file(self, file: Path, *arguments: str) -> Done:
+        return run_file(self.root, self.image, file, *arguments)
 
 
 @pytest.fixture(scope="session")

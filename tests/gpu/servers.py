@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -66,6 +67,10 @@ class Server:
                     return
             code = self.process.poll()
             assert code is None, f"expected a server, it ended with {code}; its log:\n{self.tail()}"
+            # Supervisor would try again for minutes.
+            text = self.log.read_text(errors="replace")
+            lost = re.search("exited: vllm|FATAL state", text)
+            assert not lost, f"expected a server, vLLM ended; its log:\n{self.tail(200)}"
             late = time.monotonic() - begin > READY_SECONDS
             assert not late, f"expected /health within {READY_SECONDS} s; its log:\n{self.tail()}"
             time.sleep(0.2)
@@ -118,7 +123,7 @@ import os, sys
 from scripts import serve
 from scripts.settings import Settings
 environment = serve.environment(Settings.from_environ(), os.environ)
-os.execve(sys.executable, ["python", sys.argv[1]], environment)
+os.execve(sys.executable, ["python", *sys.argv[1:]], environment)
 """
 
 
@@ -142,14 +147,16 @@ def command(root: Path | None, image: str, port: int, models: Path, more: dict[s
     return ["docker", "run", "--rm", "--gpus=all", publish, *HARDENED, *places, *pairs, image]
 
 
-def run_file(root: Path | None, image: str, file: Path) -> Done:
+def run_file(root: Path | None, image: str, file: Path, *arguments: str) -> Done:
     """Run a Python file inside the image, with vLLM's environment."""
     if root:
         shutil.copy(file, root / "tmp" / file.name)
-        return run(*inside(root, {}, "python", "-c", AS_VLLM, f"/tmp/{file.name}"), timeout=300)
+        words = ["python", "-c", AS_VLLM, f"/tmp/{file.name}", *arguments]
+        return run(*inside(root, {}, *words), timeout=300)
     places = ["--tmpfs=/tmp", "--volume=glm4-test-caches:/caches", f"--volume={file}:/file.py:ro"]
     options = ["--rm", "--gpus=all", *HARDENED, *places, "--entrypoint=python"]
-    return run("docker", "run", *options, image, "-c", AS_VLLM, "/file.py", timeout=300)
+    words = ["-c", AS_VLLM, "/file.py", *arguments]
+    return run("docker", "run", *options, image, *words, timeout=300)
 
 
 @contextlib.contextmanager

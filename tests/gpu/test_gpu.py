@@ -12,6 +12,7 @@ import requests
 
 from tests.gpu.conftest import Subject
 from tests.gpu.servers import Server
+from tests.stacks import ROOT
 
 pytestmark = pytest.mark.gpu
 MODEL = "glm-4-9b-chat"
@@ -127,6 +128,6 @@ def test_a_share_that_is_not_free_is_refused_before_vllm_starts(
 
 def test_triton_compiles_and_runs_a_kernel_in_the_image(subject: Subject) -> None:
     # vLLM's own environment, so with the variant's assembler and cache.
-    done = subject.run_file(Path(__file__).with_name("kernel.py"))
+    done = subject.run_file(ROOT / "tests" / "kernels.py", "run")
     print("\n" + done.check().output)
     done.says("add is right", "multiply is right")

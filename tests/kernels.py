@@ -1,12 +1,14 @@
-"""Compile and run two Triton kernels inside an image; prints which assembler made them.
+"""Compile two Triton kernels: ahead of time for cards that are not there, or to run them on a GPU.
 
-A plain program: it runs in the image's Python, which has neither pytest nor this repository.
+    python kernels.py ahead | run
+
+A plain program for an image's Python, which has neither pytest nor this repository.
 """
 
 import os
 import subprocess
+import sys
 
-import torch
 import triton
 import triton.language as tl
 
@@ -26,7 +28,32 @@ def multiply(a, b, out, SIZE: tl.constexpr):
     tl.store(out + rows * SIZE + columns, tl.dot(left, right).to(tl.float16))
 
 
-def main() -> None:
+KERNELS = (
+    (add, {"x": "*fp32", "y": "*fp32", "out": "*fp32", "length": "i32"}, {"BLOCK": 1024}),
+    (multiply, {"a": "*fp16", "b": "*fp16", "out": "*fp16"}, {"SIZE": 64}),
+)
+
+
+def ahead() -> None:
+    """Compile both for each generation; this needs the assembler and no GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for kernel, signature, constants in KERNELS:
+        # Newer releases want the constants in the signature too.
+        if triton.__version__ >= "3.2":
+            signature = {**signature, **dict.fromkeys(constants, "constexpr")}
+        for capability in (80, 86, 89, 90):
+            source = ASTSource(kernel, signature, constants)
+            cubin = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+            assert len(cubin) > 1000
+            print(f"sm_{capability} {kernel.fn.__name__}: {len(cubin)} bytes")
+
+
+def run() -> None:
+    """Run both on this GPU, and compare what they compute with torch's result."""
+    import torch
+
     x, y = (torch.randn(100_003, device="cuda") for _ in range(2))
     out = torch.full_like(x, float("nan"))
     compiled = add[(triton.cdiv(x.numel(), 1024),)](x, y, out, x.numel(), BLOCK=1024)
@@ -47,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    {"ahead": ahead, "run": run}[sys.argv[1]]()
