@@ -53,6 +53,18 @@ def _jobs(name: str) -> list[Job]:
     return [Job(f"images/{variant.name}.in", f"images/{variant.name}.lock", variant=variant)]
 
 
+def _check_version(variant: Variant, version: str) -> None:
+    """Raise SettingInvalid when another vLLM is asked of a line whose wheels are named by hand."""
+    if variant.metadata.exists() and version != variant.vllm:
+        raise errors.SettingInvalid(
+            f"VLLM_VERSION={version!r} for {variant.name}",
+            f"{variant.vllm}, whose wheels images/{variant.name}.in names by URL and sha256",
+            f"name those of the other release there, what they require in images/"
+            f"{variant.metadata.name}, the version in images/variants.toml; then lock without"
+            " VLLM_VERSION",
+        )
+
+
 def _arguments(job: Job, version: str, before: str) -> list[str]:
     """Return what uv must know of a variant beyond its requirements."""
     variant = job.variant
@@ -91,6 +103,8 @@ def _compile(job: Job, name: str, options: argparse.Namespace) -> None:
     variant = job.variant
     version = (options.vllm or variant.vllm) if variant else ""
     before = (options.before or variant.resolved_before) if variant else ""
+    if variant:
+        _check_version(variant, version)
     sources = index.environment()
     command = [str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", *PLATFORM]
     command += ["--only-binary", ":all:", "--generate-hashes"]

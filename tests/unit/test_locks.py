@@ -192,6 +192,9 @@ def test_lock_takes_another_vllm_of_the_line_and_refuses_one_of_another(tmp_path
     assert "\nvllm==0.6.2 \\" in text and "\ntorch==2.4.0 \\" in text
     assert 'vllm = "0.6.2"' in (clone / "images/variants.toml").read_text(encoding="utf-8")
 
+    done = run("env", "-C", str(clone), python, "-m", "scripts.lock", "118", "--vllm", "0.9.2")
+    done.check(2).says("VLLM_VERSION='0.9.2' for cu118", "cu118.metadata.toml")
+
     done = run("env", "-C", str(clone), *again, "0.7.3", "--before", "2025-04-01")
     done.check(2).says("vLLM 0.7.3 brings CUDA 12.4", "needed: CUDA 12.1")
     assert (clone / "images/cu121.lock").read_text(encoding="utf-8") == text

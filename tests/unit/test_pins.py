@@ -1,5 +1,6 @@
 """An index that does not answer ends in one message, in time; and what is pruned goes."""
 
+import hashlib
 import http.server
 import socket
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from scripts import bound, errors, install, pins
+from tests.stacks import ROOT, Done, run
 
 TORCH = pins.Pin(
     "torch @ https://download.pytorch.org/whl/cu118/torch-2.7.1-cp311-cp311-linux_x86_64.whl",
@@ -91,6 +93,32 @@ def test_a_folder_that_has_every_wheel_needs_no_host(tmp_path: Path, closed: str
         (tmp_path / (pins.wheel_name(pin.url) or "six-1.16.0-py2.py3-none-any.whl")).touch()
     environ = {"PYTORCH_INDEX_URL": closed, "PIP_INDEX_URL": closed}
     pins.require_reach([TORCH, ORDINARY], [tmp_path], environ)
+
+
+def test_a_wheel_named_by_url_is_installed_from_a_folder_and_its_hash_is_checked(
+    tmp_path: Path, closed: str
+) -> None:
+    python = str(ROOT / ".venv/bin/python")
+    house = tmp_path / "house"
+    fetch = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(house)]
+    run(*fetch, "--only-binary=:all:", "six==1.16.0").check()
+    [wheel] = house.iterdir()
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    # Out of reach: only the folder can have it.
+    url = f"{closed}/{wheel.name}#sha256={digest}"
+
+    def install(digest: str, name: str) -> Done:
+        lock = tmp_path / "a.lock"
+        lock.write_text(f"six @ {url} \\\n    --hash=sha256:{digest}\n", encoding="utf-8")
+        arguments = [str(lock), str(tmp_path / name), "--wheels", str(house)]
+        return run(python, "-m", "scripts.install", *arguments)
+
+    install(digest, "good").check()
+    run(str(tmp_path / "good/bin/python"), "-c", "import six; print(six.__version__)").says(
+        "1.16.0"
+    )
+    wheel.write_bytes(wheel.read_bytes() + b" ")
+    install(digest, "bad").check(11).says("error: the wheels that", "could not be installed")
 
 
 def test_pruning_takes_what_is_listed_and_leaves_the_rest(tmp_path: Path, capsys) -> None:
