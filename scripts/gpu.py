@@ -140,14 +140,7 @@ def _require_memory(settings: Settings, gpu: Gpu, weights: int) -> None:
             "use a GPU with more memory, more GPUs (TENSOR_PARALLEL_SIZE), or a quantised model"
             " (MODEL_ID)",
         )
-    if share * gpu.total < least <= gpu.free:
-        raise errors.GpuMemoryShort(
-            f"{free}, of which GPU_MEMORY_UTILIZATION={share} allows"
-            f" {share * gpu.total / _GIB:.1f}",
-            f"{least / _GIB:.1f} GiB: the weights and a little beside them",
-            "raise GPU_MEMORY_UTILIZATION in .env",
-        )
-    if gpu.free < share * gpu.total:
+    if gpu.free < max(share * gpu.total, least):
         fits = int(gpu.free / gpu.total * 100) / 100
         lower = fits * gpu.total >= least
         raise errors.GpuMemoryShort(
@@ -156,6 +149,13 @@ def _require_memory(settings: Settings, gpu: Gpu, weights: int) -> None:
             f" (at least {least / _GIB:.1f} for the weights)",
             "end what else uses this GPU (`nvidia-smi` lists it)"
             + (f", or set GPU_MEMORY_UTILIZATION={fits} in .env" if lower else ""),
+        )
+    if share * gpu.total < least:
+        raise errors.GpuMemoryShort(
+            f"{free}, of which GPU_MEMORY_UTILIZATION={share} allows"
+            f" {share * gpu.total / _GIB:.1f}",
+            f"{least / _GIB:.1f} GiB: the weights and a little beside them",
+            "raise GPU_MEMORY_UTILIZATION in .env",
         )
 
 

@@ -90,6 +90,14 @@ def test_a_share_too_small_for_the_weights_is_to_be_raised(require) -> None:
         require("535.104", RTX3090, GPU_MEMORY_UTILIZATION="0.5")
 
 
+def test_weights_that_do_not_fit_beside_another_process(require) -> None:
+    # The share itself is free, the weights would still not fit.
+    busy = Gpu(0, RTX3090.name, RTX3090.capability, 24 * GIB, 15 * GIB)
+    with pytest.raises(errors.GpuMemoryShort, match=r"15.0 of 24.0[\s\S]*at least 18.5") as caught:
+        require("535.104", busy, GPU_MEMORY_UTILIZATION="0.5")
+    assert "nvidia-smi" in str(caught.value) and "or set" not in str(caught.value)
+
+
 def test_a_gpu_that_does_not_tell_its_memory_is_not_refused(require) -> None:
     assert require("535.104", Gpu(0, "NVIDIA A100 MIG 3g.40gb", (8, 0), 0, 0))
 
