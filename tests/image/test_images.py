@@ -12,7 +12,7 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from scripts import errors, pins, plan, variants
-from scripts.compose import ComposeRuntime
+from scripts.compose import BASE, LOCAL_BASE, ComposeRuntime
 from scripts.variants import Variant
 from tests.stacks import ROOT, Done, run
 from tests.unit.test_locks import omitted
@@ -275,6 +275,20 @@ def test_without_a_gpu_it_says_so_and_ends(gpu_image: Image) -> None:
     done = gpu_image.inside("python", "-m", "scripts.supervise", options=tmpfs).check(14)
     done.says("error: no NVIDIA driver is visible here", "Container Toolkit", "CUDA=cpu")
     assert "Traceback" not in done.output and "supervisord" not in done.output
+
+
+def test_a_folder_of_wheels_is_enough_without_any_network(tmp_path: Path, build_images) -> None:
+    build_images("cpu")
+    python = str(ROOT / ".venv/bin/python")
+    for name in ("uv", "download"):
+        fetch = ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        fetch += ["--dest", str(tmp_path), "--require-hashes", "-r", f"images/{name}.lock"]
+        run(python, *fetch, timeout=600).check()
+    bases = [name for name in (BASE, LOCAL_BASE) if not run("docker", "inspect", name).returncode]
+    build = ["docker", "buildx", "build", "--file=docker/Dockerfile", "--target=download"]
+    build += ["--no-cache", "--network=none", f"--build-arg=BASE_IMAGE={bases[0]}"]
+    build += [f"--build-context=wheels={tmp_path}", "--progress=plain", "."]
+    run(*build, timeout=600).check()
 
 
 @pytest.fixture
