@@ -21,6 +21,8 @@ from scripts.pins import Pin
 
 # Four hundred architectures, of which a server imports one or two.
 _NOT_COMPILED = re.compile(r"/transformers/models/")
+# Say where a wheel came from: with another mirror or folder they are other files.
+_ORIGIN = ("direct_url.json", "uv_cache.json")
 # Every file of an image gets this time, so that the same lock gives the same layer everywhere.
 _EPOCH = 1700000000
 
@@ -126,9 +128,12 @@ def _prune(site: Path, table: Path) -> None:
 
 def _settle(venv: Path, site: Path) -> None:
     """Compile the bytecode and make the environment the same, bit for bit, wherever it is built."""
-    for path in site.glob("*.dist-info/direct_url.json"):
-        # Where a wheel came from: another mirror, another folder.
-        path.unlink()
+    for record in site.glob("*.dist-info/RECORD"):
+        for name in _ORIGIN:
+            record.with_name(name).unlink(missing_ok=True)
+        lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.split(",")[0].rpartition("/")[2] not in _ORIGIN]
+        record.write_text("".join(kept), encoding="utf-8")
     # Unchecked: nobody edits a source in an image, and no time stamp can make it stale.
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     compileall.compile_dir(site, quiet=2, workers=0, rx=_NOT_COMPILED, invalidation_mode=mode)

@@ -194,7 +194,7 @@ def test_a_change_of_our_scripts_changes_kilobytes(serve: Image) -> None:
     form = "{{.Size}} {{.CreatedBy}}"
     lines = run("docker", "history", "--format", form, "--human=false", serve.name).check().output
     layers = [(int(size), made) for size, _, made in (s.partition(" ") for s in lines.splitlines())]
-    [place] = [number for number, (_, made) in enumerate(layers) if "/opt/venv /opt/venv" in made]
+    [place] = [number for number, (_, made) in enumerate(layers) if "COPY /image/ /" in made]
     # Newest first: what comes after the environment.
     assert sum(size for size, _ in layers[:place]) < 500_000, layers[:place]
     assert layers[place][0] > 0.75 * serve.inspect()["Size"]
@@ -277,7 +277,9 @@ def test_without_a_gpu_it_says_so_and_ends(gpu_image: Image) -> None:
     assert "Traceback" not in done.output and "supervisord" not in done.output
 
 
-def test_a_folder_of_wheels_is_enough_without_any_network(tmp_path: Path, build_images) -> None:
+def test_a_folder_of_wheels_is_enough_without_any_network_and_gives_the_same_layer(
+    tmp_path: Path, build_images
+) -> None:
     build_images("cpu")
     python = str(ROOT / ".venv/bin/python")
     for name in ("uv", "download"):
@@ -287,8 +289,16 @@ def test_a_folder_of_wheels_is_enough_without_any_network(tmp_path: Path, build_
     bases = [name for name in (BASE, LOCAL_BASE) if not run("docker", "inspect", name).returncode]
     build = ["docker", "buildx", "build", "--file=docker/Dockerfile", "--target=download"]
     build += ["--no-cache", "--network=none", f"--build-arg=BASE_IMAGE={bases[0]}"]
-    build += [f"--build-context=wheels={tmp_path}", "--progress=plain", "."]
-    run(*build, timeout=600).check()
+    build += [f"--build-context=wheels={tmp_path}", "--progress=plain", f"--tag={tmp_path.name}"]
+    run(*build, ".", timeout=600).check()
+    try:
+        again = json.loads(run("docker", "image", "inspect", tmp_path.name).check().output)[0]
+    finally:
+        run("docker", "image", "rm", tmp_path.name)
+    layers = [inspected["RootFS"]["Layers"] for inspected in (Image("download").inspect(), again)]
+    # The packages are the last but our scripts; what the base's tools write has their time.
+    assert layers[0][-2] == layers[1][-2]
+    assert layers[0][1] != layers[1][1]
 
 
 @pytest.fixture
