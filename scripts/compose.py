@@ -136,7 +136,8 @@ class ComposeRuntime:
         if self._run("build", "download", "serve"):
             # The commonest cause, said last and by name: the build's own log is long.
             lock = self.plan.variant.lock.read_text(encoding="utf-8")
-            pins.require_reach(pins.read(lock), [ROOT / self._wheels()], os.environ)
+            wheels = ROOT / (os.environ.get("WHEELS") or "docker/wheels")
+            pins.require_reach(pins.read(lock), [wheels])
             raise errors.BuildFailed(
                 "the build ended with an error",
                 "an index that has every wheel of the lock",
@@ -144,10 +145,6 @@ class ComposeRuntime:
                 " of wheels",
             )
         self._check_size()
-
-    @staticmethod
-    def _wheels() -> str:
-        return os.environ.get("WHEELS") or "docker/wheels"
 
     def _check_size(self) -> None:
         """Raise BuildFailed when the serve image is over its budget in images/variants.toml."""

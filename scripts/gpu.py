@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from scripts import errors, variants
 from scripts.settings import Settings
-from scripts.variants import Variant
+from scripts.variants import Variant, dotted
 
 _GIB = 1 << 30
 # Beyond the weights: what CUDA, cuBLAS and the activations of a smallest batch take.
@@ -26,10 +26,10 @@ class Gpu:
     def __str__(self) -> str:
         return f"GPU {self.index} ({self.name}, compute capability {dotted(self.capability)})"
 
-
-def dotted(capability: tuple[int, ...]) -> str:
-    """Return a compute capability as people write it: 8.6."""
-    return ".".join(map(str, capability))
+    @property
+    def room(self) -> str:
+        """Its memory in words."""
+        return f"{self.free / _GIB:.1f} of {self.total / _GIB:.1f} GiB free"
 
 
 def look() -> tuple[str, list[Gpu]]:
@@ -82,16 +82,16 @@ def _gpu(pynvml, index: int) -> Gpu:
     return Gpu(index, pynvml.nvmlDeviceGetName(handle), capability, total, free)
 
 
-def require(settings: Settings, weights: int) -> str:
-    """Return what was found, when this variant can be served on it; `weights` in bytes.
+def require(settings: Settings) -> list[Gpu]:
+    """Return the GPUs that vLLM will take, when this variant runs on them; none for a CPU.
 
     Raises:
-        DriverMissing, DriverTooOld, GpuUnsupported, GpuMemoryShort: with the CUDA= that fits
-            instead, where there is one.
+        DriverMissing, DriverTooOld, GpuUnsupported: with the CUDA= that fits instead, where there
+            is one.
     """
     variant = variants.load()[settings.variant]
     if not variant.cuda:
-        return ""
+        return []
     driver, gpus = look()
     if not variant.drives(driver):
         raise errors.DriverTooOld(
@@ -121,18 +121,22 @@ def require(settings: Settings, weights: int) -> str:
                 f"compute capability {dotted(_BFLOAT16_SINCE)} for bfloat16, or float16",
                 "set DTYPE=float16 in .env",
             )
-        if gpu.total:
-            _require_memory(settings, gpu, weights // settings.tensor_parallel_size)
-    return f"NVIDIA driver {driver}; " + "; ".join(
-        f"{gpu}, {gpu.free / _GIB:.1f} of {gpu.total / _GIB:.1f} GiB free" for gpu in gpus
-    )
+        print(f"gpu: NVIDIA driver {driver}, {gpu}, {gpu.room}", flush=True)
+    return gpus
 
 
-def _require_memory(settings: Settings, gpu: Gpu, weights: int) -> None:
-    """Raise GpuMemoryShort when the weights, or the share that vLLM claims, do not fit."""
-    share = settings.gpu_memory_utilization
+def require_memory(settings: Settings, gpus: list[Gpu], weights: int) -> None:
+    """Raise GpuMemoryShort when a GPU's part of the weights, in bytes, or vLLM's share lacks room.
+
+    A GPU that does not tell its memory is not refused.
+    """
+    for gpu in filter(lambda gpu: gpu.total, gpus):
+        _require_room(settings.gpu_memory_utilization, gpu, weights // len(gpus))
+
+
+def _require_room(share: float, gpu: Gpu, weights: int) -> None:
     least = weights + _LEAST_BESIDE_WEIGHTS
-    free = f"{gpu}: {gpu.free / _GIB:.1f} of {gpu.total / _GIB:.1f} GiB free"
+    free = f"{gpu}: {gpu.room}"
     if least > gpu.total:
         raise errors.GpuMemoryShort(
             free,

@@ -65,11 +65,24 @@ def _check_version(variant: Variant, version: str) -> None:
         )
 
 
-def _arguments(job: Job, version: str, before: str) -> list[str]:
+def compile_with_uv(source: Path, lock: Path, *arguments: str) -> int:
+    """Compile requirements into a hashed lock, from this host's index; return uv's code."""
+    sources = index.environment()
+    command = [str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", *PLATFORM]
+    command += ["--only-binary", ":all:", "--generate-hashes"]
+    if "PIP_INDEX_URL" in sources:
+        command += ["--default-index", sources["PIP_INDEX_URL"]]
+    environment = dict(os.environ)
+    if "--config-file" not in arguments:
+        environment["UV_NO_CONFIG"] = "1"
+    if "CA_BUNDLE" in sources:
+        environment["SSL_CERT_FILE"] = sources["CA_BUNDLE"]
+    command += [*arguments, "-o", str(lock), str(source)]
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=600).returncode
+
+
+def _arguments(variant: Variant, version: str, before: str) -> list[str]:
     """Return what uv must know of a variant beyond its requirements."""
-    variant = job.variant
-    if variant is None:
-        return list(job.extra)
     result = []
     for option, file in (("--excludes", variant.omit), ("--config-file", variant.metadata)):
         if file.exists():
@@ -105,23 +118,15 @@ def _compile(job: Job, name: str, options: argparse.Namespace) -> None:
     before = (options.before or variant.resolved_before) if variant else ""
     if variant:
         _check_version(variant, version)
-    sources = index.environment()
-    command = [str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", *PLATFORM]
-    command += ["--only-binary", ":all:", "--generate-hashes"]
-    command += ["--custom-compile-command", f"make lock CUDA={name}"]
-    if "WHEELS" in sources and not (variant and variant.cuda):
+    arguments = ["--custom-compile-command", f"make lock CUDA={name}", *job.extra]
+    wheels = index.environment().get("WHEELS")
+    if wheels and not (variant and variant.cuda):
         # Its torch+cpu would pass for the torch that a CUDA line wants.
-        command += ["--find-links", sources["WHEELS"]]
-    if "PIP_INDEX_URL" in sources:
-        command += ["--default-index", sources["PIP_INDEX_URL"]]
+        arguments += ["--find-links", wheels]
     if options.upgrade:
-        command += ["--upgrade"]
-    command += [*job.extra, *_arguments(job, version, before)]
-    environment = dict(os.environ)
-    if "--config-file" not in command:
-        environment["UV_NO_CONFIG"] = "1"
-    if "CA_BUNDLE" in sources:
-        environment["SSL_CERT_FILE"] = sources["CA_BUNDLE"]
+        arguments += ["--upgrade"]
+    if variant:
+        arguments += _arguments(variant, version, before)
 
     with tempfile.TemporaryDirectory() as folder:
         # uv knows variables in URLs only, so it reads a copy.
@@ -131,10 +136,7 @@ def _compile(job: Job, name: str, options: argparse.Namespace) -> None:
         if (ROOT / job.lock).exists():
             # What uv finds there it keeps, unless it must change.
             lock.write_bytes((ROOT / job.lock).read_bytes())
-        done = subprocess.run(
-            [*command, "-o", str(lock), str(source)], cwd=ROOT, env=environment, timeout=600
-        )
-        if done.returncode != 0:
+        if compile_with_uv(source, lock, *arguments):
             raise errors.BuildFailed(
                 f"{job.source} could not be resolved"
                 + (f" with packages of before {before}" if before else ""),

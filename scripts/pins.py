@@ -25,7 +25,7 @@ _PROBE_SECONDS = 15
 
 @dataclass(frozen=True)
 class Pin:
-    """One entry of a lock: its text, name, and version or the URL of its wheel."""
+    """One entry of a lock: its text, name, version, and its wheel's URL or an empty string."""
 
     text: str
     name: str
@@ -38,7 +38,7 @@ class Pin:
 
         Empty for a wheel with a URL, which needs no index.
         """
-        return self.version.partition("+")[2]
+        return "" if self.url else self.version.partition("+")[2]
 
     def wheel(self, folders: Iterable[Path]) -> Path | None:
         """Return this very wheel in one of the folders."""
@@ -63,7 +63,8 @@ def read(lock: str) -> list[Pin]:
     for entry in re.split(r"\n(?=[A-Za-z0-9])", lock):
         match = re.match(r"([\w.-]+)(?:==([^\s;]+)| @ (\S+))", entry)
         if match:
-            found.append(Pin(entry, match[1], match[2] or "", match[3] or ""))
+            version = match[2] or wheel_name(match[3]).split("-")[1]
+            found.append(Pin(entry, match[1], version, match[3] or ""))
     return found
 
 

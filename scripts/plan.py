@@ -69,7 +69,7 @@ def _choose_variant(cuda: str, wanted: str) -> tuple[Variant, str]:
     driver, capabilities = gpus()
     if not driver:
         return cpu, "variant cpu: no NVIDIA GPU on this host"
-    shown = ", ".join(sorted({".".join(map(str, found)) for found in capabilities}))
+    shown = ", ".join(sorted(set(map(variants.dotted, capabilities))))
     host = f"NVIDIA driver {driver}" + (f" and compute capability {shown}" if shown else "")
     fitting = variants.fitting(driver, capabilities)
     if not fitting:

@@ -26,11 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     # retried: end here.
     settings.check_files()
     # Before the model is asked for: nobody should fetch it for a GPU that cannot serve it.
-    gpu.require(settings, 0)
+    gpus = gpu.require(settings)
     where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
-    found = gpu.require(settings, snapshot.load(where).weights)
-    if found:
-        print(f"supervise: {found}", flush=True)
+    gpu.require_memory(settings, gpus, snapshot.load(where).weights)
     settings.run.mkdir(parents=True, exist_ok=True)
     given_up = settings.run / "given-up"
     for mark in (given_up, settings.run / "answered"):

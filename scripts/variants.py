@@ -72,6 +72,11 @@ def number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
+def dotted(capability: Iterable[int]) -> str:
+    """Return a compute capability as people write it: 8.6."""
+    return ".".join(map(str, capability))
+
+
 def load() -> dict[str, Variant]:
     """Return every variant by name; a table with missing or unknown keys is a TypeError."""
     tables = tomllib.loads(TABLE.read_text(encoding="utf-8"))

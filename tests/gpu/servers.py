@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import requests
@@ -52,7 +52,6 @@ class Server:
     process: subprocess.Popen
     log: Path
     seconds: float = 0.0
-    notes: dict[str, str] = field(default_factory=dict)
 
     def tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

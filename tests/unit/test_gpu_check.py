@@ -15,12 +15,14 @@ GLM4 = 18_800_000_000
 
 
 @pytest.fixture
-def require(monkeypatch: pytest.MonkeyPatch):
+def require(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """The check on a host of the test's choosing."""
 
     def run(driver: str, *gpus: Gpu, weights: int = GLM4, **environ: str) -> str:
         monkeypatch.setattr(gpu, "look", lambda: (driver, list(gpus)))
-        return gpu.require(Settings.from_environ({"VARIANT": "cu121", **environ}), weights)
+        settings = Settings.from_environ({"VARIANT": "cu121", **environ})
+        gpu.require_memory(settings, gpu.require(settings), weights)
+        return capsys.readouterr().out
 
     return run
 
@@ -31,7 +33,7 @@ def test_a_fitting_host_is_described(require) -> None:
 
 
 def test_the_cpu_variant_asks_for_no_gpu() -> None:
-    assert gpu.require(Settings.from_environ({"VARIANT": "cpu"}), GLM4) == ""
+    assert gpu.require(Settings.from_environ({"VARIANT": "cpu"})) == []
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.tags import cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from scripts import errors, index, lock, pins, variants
+from scripts import errors, lock, pins, variants
 from tests.stacks import ROOT, run
 
 IMAGES = ROOT / "images"
@@ -94,16 +94,7 @@ def hashes_of_index(wanted: list[pins.Pin], tmp_path: Path) -> dict[str, set[str
     """Ask the index for the wheels of these very versions, without fetching one."""
     source, target = tmp_path / "wanted.in", tmp_path / "offered.txt"
     source.write_text("".join(f"{pin.name}=={pin.version}\n" for pin in wanted), encoding="utf-8")
-    sources = index.environment()
-    arguments = ["--no-deps", "--generate-hashes", "--only-binary", ":all:", *lock.PLATFORM]
-    arguments += ["--no-annotate", "-o", str(target), str(source)]
-    if "PIP_INDEX_URL" in sources:
-        arguments += ["--default-index", sources["PIP_INDEX_URL"]]
-    environ = {"UV_NO_CONFIG": "1"}
-    if "CA_BUNDLE" in sources:
-        environ["SSL_CERT_FILE"] = sources["CA_BUNDLE"]
-    uv = str(ROOT / ".venv/bin/uv")
-    run(uv, "pip", "compile", "--quiet", *arguments, timeout=300, **environ).check()
+    assert lock.compile_with_uv(source, target, "--no-deps", "--no-annotate") == 0
     found = by_name(pins.read(target.read_text(encoding="utf-8")))
     return {name: hashes(pin) for name, pin in found.items()}
 
@@ -125,14 +116,10 @@ def test_cu118_meets_every_requirement_of_the_wheels_it_names_by_url(wheel: dict
         if name in left_out:
             continue
         assert name in pinned, f"{wheel['name']} wants {text}"
-        version = pinned[name].version or wheel_version(pinned[name].url)
+        version = pinned[name].version
         assert wanted.specifier.contains(version, prereleases=True), f"{text}, pinned {version}"
         met += 1
     assert met > 1
-
-
-def wheel_version(url: str) -> str:
-    return str(parse_wheel_filename(pins.wheel_name(url))[1])
 
 
 def test_wheels_named_by_url_fit_python_3_11_on_debian_12() -> None:
@@ -142,11 +129,12 @@ def test_wheels_named_by_url_fit_python_3_11_on_debian_12() -> None:
     found = [pin for pin in read("cu118") if pin.url]
     assert {pin.name for pin in found} == {w["name"] for w in METADATA["dependency-metadata"]}
     for pin in found:
-        name, _, _, tags = parse_wheel_filename(pins.wheel_name(pin.url))
+        name, version, _, tags = parse_wheel_filename(pins.wheel_name(pin.url))
+        assert str(version) == pin.version
         assert name == canonicalize_name(pin.name)
         assert tags & supported, pin.url
     versions = {(w["name"], w["version"]) for w in METADATA["dependency-metadata"]}
-    assert {(pin.name, wheel_version(pin.url)) for pin in found} == versions
+    assert {(pin.name, pin.version) for pin in found} == versions
 
 
 def test_local_versions_are_told_from_the_ordinary_pins() -> None:
