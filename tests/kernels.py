@@ -1,6 +1,6 @@
 """Compile two Triton kernels: ahead of time for cards that are not there, or to run them on a GPU.
 
-    python kernels.py ahead | run
+    python kernels.py ahead | run | plain
 
 A plain program for an image's Python, which has neither pytest nor this repository.
 """
@@ -73,5 +73,21 @@ def run() -> None:
     print(f"multiply is right (relative error {error:.1e})", flush=True)
 
 
+def plain() -> None:
+    """Run both as for sm_80, assembled for a Hopper card without its "a" instructions.
+
+    For an assembler that knows sm_90 and not sm_90a, such as CUDA 11.8's, where no older card is.
+    """
+    from triton.backends import backends
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    driver.active.get_current_target = lambda: GPUTarget("cuda", 80, 32)
+    # Triton loads its backends under names of its own, so an import would give another module.
+    module = backends["nvidia"].compiler.make_cubin.__globals__
+    module["sm_arch_from_capability"] = lambda capability: "sm_90"
+    run()
+
+
 if __name__ == "__main__":
-    {"ahead": ahead, "run": run}[sys.argv[1]]()
+    {"ahead": ahead, "run": run, "plain": plain}[sys.argv[1]]()
