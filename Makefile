@@ -7,7 +7,7 @@ CHOICE := $(if $(CUDA),--cuda $(CUDA)) $(if $(RUNTIME),--runtime $(RUNTIME))
 URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status logs build download smoke test test-gpu lint lock engine
+.PHONY: help up down status logs build download models pin smoke test test-gpu lint lock engine
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,12 @@ build: .venv/host ## Build the images: make build [CUDA=118|121|130|cpu|all]
 
 download: .venv/host ## Bring the model
 	@$(STACK) download $(CHOICE)
+
+models: .venv/host ## List the models of the volume: make models [REMOVE=owner/name]
+	@$(STACK) models $(CHOICE) $(if $(REMOVE),--remove $(REMOVE))
+
+pin: .venv/host ## Pin the model on the volume: later downloads must be the same, file by file
+	@$(STACK) pin $(CHOICE)
 
 smoke: .venv/dev ## Check a running endpoint, ours or any: make smoke [URL=http://…:8000]
 	@url=$(or $(URL),$$($(STACK) url $(CHOICE))) && $(PY) -m pytest -q tests/smoke --url "$$url"

@@ -166,11 +166,19 @@ class ComposeRuntime:
         for service in services:
             code = self._run("run", "--rm", *terminal, service)
             if code:
-                error = errors.DownloadFailed(
-                    f"`{service}` ended with code {code}", "code 0", "see its message above"
-                )
-                error.exit_code = code
-                raise error
+                raise _ended(service, code)
+
+    def job(self, name: str, *arguments: str) -> str:
+        """Run a job of the download image on the models volume, and return what it prints."""
+        self._info()
+        if not self.docker.image.exists(self._images()[0]):
+            self.build()
+        run = ["run", "--rm", "--no-deps", "--no-TTY", "download", f"scripts.{name}", *arguments]
+        command = [*self.docker.client_config.docker_compose_cmd, *run]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=600)
+        if done.returncode:
+            raise _ended(name, done.returncode)
+        return done.stdout
 
     def start(self) -> None:
         """Create and start the services; those that run unchanged stay as they are."""
@@ -217,6 +225,12 @@ class ComposeRuntime:
     def status(self) -> None:
         """Print the containers."""
         self._run("--profile", "*", "ps", "--all")
+
+
+def _ended(service: str, code: int) -> errors.StackError:
+    error = errors.StackError(f"`{service}` ended with code {code}", "code 0", "see above")
+    error.exit_code = code if code > 0 else 1
+    return error
 
 
 def _last_line(error: Exception) -> str:

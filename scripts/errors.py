@@ -110,13 +110,46 @@ class GpuMemoryShort(StackError):
     exit_code = 17
 
 
-def run(main: Callable[[], int]) -> NoReturn:
-    """End the process with the exit code of `main`, or of the StackError it raises."""
+class RevisionNotFound(StackError):
+    """The hub has the model, and not this revision of it."""
+
+    exit_code = 18
+
+
+class AccessDenied(StackError):
+    """The hub does not let us have the model."""
+
+    exit_code = 19
+
+
+class VolumeUnwritable(StackError):
+    """The models volume cannot be written to."""
+
+    exit_code = 20
+
+
+class PinMismatch(StackError):
+    """What the hub has is not what the pinned manifest says."""
+
+    exit_code = 21
+
+
+class Terminated(BaseException):
+    """SIGTERM has arrived; raised in the main thread where a job has asked for it."""
+
+
+def run(main: Callable[[], int], end: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """End the process with the exit code of `main`, or of the StackError it raises.
+
+    `end` is os._exit for a job whose threads may hang in a call that nobody waits for any more.
+    """
     try:
-        sys.exit(main())
+        code = main()
     except StackError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        code = error.exit_code
+    except (KeyboardInterrupt, Terminated) as error:
         print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
-        sys.exit(130)
+        code = 130 if isinstance(error, KeyboardInterrupt) else 143
+    sys.stdout.flush()
+    end(code)

@@ -189,6 +189,19 @@ class HostRuntime:
                 environ["MODELSCOPE_ENDPOINT"] = stack.enter_context(self._hub(origin))
             self._job([self._venv_python("download"), "-m", "scripts.download"], environ)
 
+    def job(self, name: str, *arguments: str) -> str:
+        """Run a job of the download environment on the models folder; return what it prints."""
+        if not self._complete("download"):
+            self.build()
+        (self.state_dir / "models").mkdir(parents=True, exist_ok=True)
+        command = [self._venv_python("download"), "-m", f"scripts.{name}", *arguments]
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environ, stdout=subprocess.PIPE, text=True, timeout=600
+        )
+        if done.returncode:
+            raise _ended(f"`scripts.{name}`", done.returncode)
+        return done.stdout
+
     def _job(self, command: list[str], environ: dict[str, str]) -> None:
         code = subprocess.run(command, cwd=ROOT, env=environ).returncode
         if code:

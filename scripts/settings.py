@@ -14,6 +14,12 @@ from scripts.errors import SettingInvalid
 
 DEFAULT_MODEL_ID = "ZhipuAI/glm-4-9b-chat"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+# Where a model may come from, besides the URL of a hub that speaks ModelScope's protocol.
+SOURCES = ("modelscope", "huggingface", "hf-mirror", "folder")
+# https://huggingface.co/zai-org/glm-4-9b-chat: the same files under their publisher's name there.
+_HF_DEFAULT_MODEL_ID = "zai-org/glm-4-9b-chat"
+_MODEL_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_REVISION = r"[\w.][\w./-]*"
 
 # Arguments that are settings of ours: given twice, nobody could say which one holds.
 _OWNED = {
@@ -89,6 +95,15 @@ def _url(name: str, value: str) -> str:
     return value.rstrip("/")
 
 
+def _sources(name: str, value: str) -> tuple[str, ...]:
+    sources = tuple(filter(None, (word.strip() for word in value.split(","))))
+    for source in sources:
+        if source not in SOURCES and not source.startswith(("http://", "https://")):
+            allowed = f"a list of {', '.join(SOURCES)} or URLs of hubs"
+            raise _invalid(name, source, allowed)
+    return tuple(_url(name, word) if "://" in word else word for word in sources)
+
+
 def _arguments(name: str, value: str) -> tuple[str, ...]:
     try:
         arguments = tuple(shlex.split(value))
@@ -116,6 +131,15 @@ class Settings:
     model_id: str
     model_revision: str
     modelscope_endpoint: str
+    model_sources: tuple[str, ...]
+    hf_endpoint: str
+    hf_model_id: str
+    hf_model_revision: str
+    model_folder: Path
+    verify: str
+    progress: str
+    download_workers: int
+    download_patience: int
     served_model_name: str
     max_model_len: int
     dtype: str
@@ -150,14 +174,35 @@ class Settings:
         model_id = read(
             "MODEL_ID",
             DEFAULT_MODEL_ID,
-            _matching(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", "owner/name, as the hub spells it"),
+            _matching(_MODEL_ID, "owner/name, as the hub spells it"),
+        )
+        model_revision = read(
+            "MODEL_REVISION", "master", _matching(_REVISION, "a branch, tag or commit")
         )
         return cls(
             model_id=model_id,
-            model_revision=read(
-                "MODEL_REVISION", "master", _matching(r"[\w.][\w./-]*", "a branch, tag or commit")
-            ),
+            model_revision=model_revision,
             modelscope_endpoint=read("MODELSCOPE_ENDPOINT", "https://modelscope.cn", _url),
+            # ModelScope alone: another host's files may be code that the server runs.
+            model_sources=read("MODEL_SOURCES", "modelscope", _sources),
+            hf_endpoint=read("HF_ENDPOINT", "https://huggingface.co", _url),
+            hf_model_id=read(
+                "HF_MODEL_ID",
+                _HF_DEFAULT_MODEL_ID if model_id == DEFAULT_MODEL_ID else model_id,
+                _matching(_MODEL_ID, "owner/name, as Hugging Face spells it"),
+            ),
+            hf_model_revision=read(
+                "HF_MODEL_REVISION",
+                # The two hubs' names for the branch that everybody means.
+                "main" if model_revision == "master" else model_revision,
+                _matching(_REVISION, "a branch, tag or commit"),
+            ),
+            model_folder=path("MODEL_FOLDER", "/dev/null"),
+            verify=read("VERIFY", "size", _choice("size", "full")),
+            progress=read("PROGRESS", "auto", _choice("auto", "lines", "json")),
+            # GLM-4-9B-chat has ten shards; a hub slows each connection, not their sum.
+            download_workers=read("DOWNLOAD_WORKERS", "8", _integer(1, 64)),
+            download_patience=read("DOWNLOAD_PATIENCE", "300", _integer(1, 86400)),
             served_model_name=read(
                 "SERVED_MODEL_NAME",
                 "glm-4-9b-chat",

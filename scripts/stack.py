@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from scripts import compose, errors, host, plan, variants
+from scripts import compose, errors, host, plan, snapshot, variants
 from scripts.compose import ComposeRuntime
 from scripts.host import HostRuntime
 from scripts.plan import Plan
@@ -114,6 +114,21 @@ def download(chosen: Plan) -> int:
     return 0
 
 
+def models(chosen: Plan, remove: str) -> int:
+    """List the models of the volume, or remove one."""
+    print(_runtime(chosen).job("models", *(["--remove", remove] if remove else [])), end="")
+    return 0
+
+
+def pin(chosen: Plan) -> int:
+    """Write the manifest of the model on the volume to where the next download looks for it."""
+    manifest = _runtime(chosen).job("models", "--pin")
+    path = snapshot.pin(chosen.settings.model_id)
+    path.write_text(manifest, encoding="utf-8")
+    print(f"pinned in {path.relative_to(plan.ROOT)}; downloads must match it from now on")
+    return 0
+
+
 def _running(cuda: str, wanted: str) -> list[ComposeRuntime | HostRuntime]:
     """Return the runtimes that have something of ours, or the one asked for."""
     found = []
@@ -129,11 +144,14 @@ def _running(cuda: str, wanted: str) -> list[ComposeRuntime | HostRuntime]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=[*PREPARING, *RUNNING])
+    parser.add_argument("command", choices=[*PREPARING, "models", *RUNNING])
     parser.add_argument("--cuda", default="", help="118, 121, 130, cpu, or all (build)")
     parser.add_argument("--runtime", default="", help="docker or host; by default what is there")
+    parser.add_argument("--remove", default="", help="the model to remove (models)")
     options = parser.parse_args(argv)
 
+    if options.command == "models":
+        return models(plan.make(options.cuda, options.runtime), options.remove)
     if options.command == "build" and options.cuda == "all":
         return build_all(options.runtime)
     if options.command in PREPARING:
@@ -147,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-PREPARING = {"up": up, "build": build, "download": download}
+PREPARING = {"up": up, "build": build, "download": download, "pin": pin}
 RUNNING = {
     "down": lambda runtime: runtime.stop(),
     "status": lambda runtime: runtime.status(),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stacks import ROOT, Done, Stack, free_port, run
+from tests.stacks import Done, free_port, run
 
 CONTAINER = ["docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none"]
 
@@ -114,66 +114,3 @@ def test_a_wrong_setting_in_a_container(images: Done) -> None:
     for image in ("glm4-stack:dev-cpu", "glm4-stack:dev-download"):
         done = run(*CONTAINER, "--env", "DTYPE=int3", image)
         refused(done, 2, "DTYPE='int3'", "auto or bfloat16 or float16 or float32")
-
-
-@pytest.fixture
-def download(host_stack: Stack, tmp_path: Path):
-    """Run the download of the host runtime into a folder of the test's own."""
-    state = Path(host_stack.environ["STATE_DIR"])
-    [python] = state.glob("venvs/download-*/bin/python")
-
-    def job(models: Path, **environ: str) -> Done:
-        folders = {"MODELS_DIR": str(models), "CACHES_DIR": str(tmp_path / "caches")}
-        return run(str(python), "-m", "scripts.download", timeout=180, **{**folders, **environ})
-
-    return job
-
-
-@pytest.fixture
-def hub(host_stack: Stack) -> Iterator[str]:
-    """A real hub over the rehearsal model."""
-    state = Path(host_stack.environ["STATE_DIR"])
-    [python] = state.glob("venvs/download-*/bin/python")
-    port = free_port()
-    command = [python, "-m", "scripts.hub", "--models", state / "rehearsal"]
-    process = subprocess.Popen(
-        [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(timeout=30)
-
-
-TINY = {"MODEL_ID": "rehearsal/glm-4-tiny", "MODEL_REVISION": "v1"}
-
-
-def test_a_dead_hub(download, tmp_path: Path) -> None:
-    dead = f"http://127.0.0.1:{free_port()}"
-    done = download(tmp_path / "models", MODELSCOPE_ENDPOINT=dead, **TINY)
-    refused(done, 4, dead, "MODELSCOPE_ENDPOINT")
-
-
-def test_a_model_the_hub_does_not_have(download, hub: str, tmp_path: Path) -> None:
-    wrong = {"MODEL_ID": "rehearsal/no-such", "MODELSCOPE_ENDPOINT": hub}
-    refused(download(tmp_path / "models", **wrong), 5, "rehearsal/no-such", "MODEL_ID")
-
-
-def test_a_full_disk_before_the_download(download, hub: str, small_disk: Path) -> None:
-    done = download(small_disk / "models", MODELSCOPE_ENDPOINT=hub, **TINY)
-    refused(done, 7, "GB free", "make room")
-    assert "fetching" not in done.output
-
-
-def test_a_damaged_file_is_found_and_fetched_again(download, hub: str, tmp_path: Path) -> None:
-    models = tmp_path / "models"
-    good = download(models, MODELSCOPE_ENDPOINT=hub, **TINY).check()
-    good.says("complete and verified")
-    folder = models / TINY["MODEL_ID"]
-    shard = sorted(folder.glob("*.safetensors"))[0]
-    right = shard.read_bytes()
-    shard.write_bytes(right[:-1])
-    download(models, MODELSCOPE_ENDPOINT=hub, **TINY).check().says("complete and verified")
-    assert shard.read_bytes() == right

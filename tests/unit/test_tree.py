@@ -12,14 +12,15 @@ from tests.stacks import ROOT
 # What a module of scripts/ may import of scripts/, from the bottom up. Jobs import no other job.
 LAYERS = [
     {"errors"},
-    {"settings", "variants", "snapshot", "index", "pins"},
-    {"gpu", "plan"},
+    {"settings", "variants", "snapshot", "index", "pins", "progress"},
+    {"gpu", "plan", "sources"},
     {"compose", "host"},
 ]
 LIBRARIES = set().union(*LAYERS)
 # Modules that run in an image: no python-on-whales there, and no torch or vllm to wait for.
 CONTAINER = {
     "download",
+    "models",
     "hub",
     "serve",
     "supervise",
@@ -29,6 +30,8 @@ CONTAINER = {
     "install",
     "bound",
 }
+# Libraries that both sides import.
+SHARED = {"errors", "settings", "snapshot", "pins", "gpu", "variants", "sources", "progress"}
 HEAVY = {"torch", "vllm", "transformers"}
 MODULES = sorted((ROOT / "scripts").glob("[a-z]*.py"))
 
@@ -60,7 +63,15 @@ def test_imports_run_one_way(path: Path) -> None:
     assert own <= below | {"errors"} - {path.stem}, f"{path.stem} imports {own - below}"
     assert "tests" not in packages
     assert packages.isdisjoint(HEAVY), f"{path.stem} imports {packages & HEAVY} at its top"
-    if path.stem in CONTAINER | {"errors", "settings", "snapshot", "pins", "gpu", "variants"}:
+    if path.stem in CONTAINER | {
+        "errors",
+        "settings",
+        "snapshot",
+        "pins",
+        "gpu",
+        "variants",
+        "sources",
+    }:
         assert "python_on_whales" not in packages
         assert own.isdisjoint({"plan", "compose", "host"})
 
