@@ -39,7 +39,10 @@ class Progress:
 
     @contextlib.contextmanager
     def follow(self, phase: str, total: int, done: Done) -> Iterator[None]:
-        """Show `done()` of `total` bytes until the block ends."""
+        """Show `done()` of `total` bytes until the block ends; nothing where there is nothing."""
+        if not total:
+            yield
+            return
         stop = threading.Event()
         loop = self._draw if self._live else self._write
         thread = threading.Thread(target=loop, args=(phase, total, done, stop), daemon=True)

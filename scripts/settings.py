@@ -97,7 +97,7 @@ def _url(name: str, value: str) -> str:
 
 def _sources(name: str, value: str) -> tuple[str, ...]:
     sources = tuple(filter(None, (word.strip() for word in value.split(","))))
-    for source in sources:
+    for source in sources or [value]:
         if source not in SOURCES and not source.startswith(("http://", "https://")):
             allowed = f"a list of {', '.join(SOURCES)} or URLs of hubs"
             raise _invalid(name, source, allowed)
@@ -201,7 +201,7 @@ class Settings:
             verify=read("VERIFY", "size", _choice("size", "full")),
             progress=read("PROGRESS", "auto", _choice("auto", "lines", "json")),
             # GLM-4-9B-chat has ten shards; a hub slows each connection, not their sum.
-            download_workers=read("DOWNLOAD_WORKERS", "8", _integer(1, 64)),
+            download_workers=read("DOWNLOAD_WORKERS", "10", _integer(1, 64)),
             download_patience=read("DOWNLOAD_PATIENCE", "300", _integer(1, 86400)),
             served_model_name=read(
                 "SERVED_MODEL_NAME",

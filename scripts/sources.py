@@ -99,7 +99,7 @@ def choose(settings: Settings) -> list[Source]:
 
 def _source(settings: Settings, name: str) -> Source:
     if name == "modelscope":
-        token = os.environ.get("MODELSCOPE_API_TOKEN") or None
+        token = os.environ.get("MODELSCOPE_API_TOKEN", "")
         return ModelScope(name, settings, settings.modelscope_endpoint, token)
     if name == "huggingface":
         return HuggingFace(name, settings, settings.hf_endpoint, os.environ.get("HF_TOKEN") or None)
@@ -108,25 +108,26 @@ def _source(settings: Settings, name: str) -> Source:
         return HuggingFace(name, settings, HF_MIRROR, None)
     if name == "folder":
         return Folder(name, settings)
-    return ModelScope(name, settings, name, None)
+    return ModelScope(name, settings, name, "")
 
 
 class ModelScope:
     """A hub that speaks ModelScope's protocol, through its SDK: modelscope.cn or one in the LAN."""
 
-    def __init__(self, name: str, settings: Settings, endpoint: str, token: str | None) -> None:
+    def __init__(self, name: str, settings: Settings, endpoint: str, token: str) -> None:
         self.name = name
         self._id, self._revision = settings.model_id, settings.model_revision
         self._endpoint = endpoint
         # Read once, at the SDK's import. One attempt each: the caller has the patience, and its
-        # budget knows when bytes have arrived. The files' locks lie beside the volume's own.
+        # budget knows when bytes have arrived, and scripts/follow.py that a file only grows. The
+        # volume's lock stands for the SDK's, which lie in a home that containers do not share.
         os.environ["TQDM_DISABLE"] = "1"
+        os.environ["MODELSCOPE_DOWNLOAD_MAX_RETRIES"] = "0"
         os.environ["MODELSCOPE_ENDPOINT"] = endpoint
         os.environ["MODELSCOPE_DOWNLOAD_FILE_LOCK"] = "false"
         for variable, value in {
             "MODELSCOPE_LOG_LEVEL": "CRITICAL",
             "MODELSCOPE_CACHE": str(settings.caches / "modelscope"),
-            "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0",
             "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
             "MODELSCOPE_DOWNLOAD_TIMEOUT": str(_STALL_SECONDS),
             "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "86400",
@@ -134,6 +135,7 @@ class ModelScope:
             os.environ.setdefault(variable, value)
         from modelscope_hub import HubApi
 
+        # Empty, not None: for None the SDK takes the environment's token, whatever hub it is.
         self._api = HubApi(endpoint=endpoint, token=token)
 
     def listing(self) -> tuple[Listed, ...]:

@@ -113,7 +113,7 @@ def test_a_token_goes_only_to_the_hub_it_is_for(job: Job, hub: Hub) -> None:
         **job.settings(MODEL_SOURCES="modelscope,http://other:1,huggingface,hf-mirror"),
         MODELSCOPE_API_TOKEN="ms-secret", HF_TOKEN="hf-secret",
     )  # fmt: skip
-    assert done.check().output.strip() == "['ms-secret', None, 'hf-secret', False]"
+    assert done.check().output.strip() == "['ms-secret', '', 'hf-secret', False]"
 
 
 @pytest.fixture
@@ -188,6 +188,12 @@ def test_json_lines_tell_progress_files_and_the_end(job: Job, hub: Hub) -> None:
     assert events[-1]["event"] == "complete" and events[-1]["model_id"] == MODEL_ID
 
 
+def test_json_lines_tell_an_error(job: Job, hub: Hub) -> None:
+    done = job.run(PROGRESS="json", MODEL_ID="tests/none").check(5)
+    lines = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
+    assert (lines[-1]["event"], lines[-1]["exit_code"]) == ("error", 5)
+
+
 def sum_of(hub: Hub) -> int:
     return sum(path.stat().st_size for path in snapshot.paths(hub.origin))
 
@@ -209,12 +215,14 @@ def test_the_hub_gives_ranges_and_no_file_that_is_not_verified(job: Job, hub: Hu
             where, params={"FilePath": SHARD}, headers={"Range": "bytes=5-9"}, timeout=10
         )
         assert (part.status_code, part.content) == (206, content[5:10])
+
+        def ask(path: str) -> requests.Response:
+            return requests.get(where, params={"FilePath": path}, timeout=10)
+
         for path in ("../model/config.json", ".snapshot.json", "none", "", "/etc/passwd"):
-            assert requests.get(where, params={"FilePath": path}, timeout=10).status_code == 404
+            assert ask(path).status_code == 404, path
         (job.where / "config.json.gz").write_bytes(b"unverified")
-        assert (
-            requests.get(where, params={"FilePath": "config.json"}, timeout=10).status_code == 404
-        )
+        assert ask("config.json").status_code == 404
         (job.where / "config.json.gz").unlink()
         (job.where / "config.json").write_bytes(b"x" * 300)
         for path in ("config.json", SHARD):

@@ -50,6 +50,11 @@ def test_download_shows_progress_and_verifies(compose_stack: Stack) -> None:
         assert text in compose_stack.notes["download"]
 
 
+def test_make_models_lists_what_is_on_the_volume(compose_stack: Stack) -> None:
+    done = compose_stack.run("make", "models", RUNTIME="docker", CUDA="cpu").check()
+    done.says("rehearsal/glm-4-tiny", "v1", "complete", "GB free")
+
+
 def test_smoke_tests_are_green(compose_stack: Stack) -> None:
     compose_stack.run("make", "smoke", URL=compose_stack.url).check().says("passed")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 import requests
 
+from scripts import snapshot
 from tests.stacks import Stack, wait_for
 
 
@@ -24,6 +25,19 @@ def processes(stack: Stack) -> list[psutil.Process]:
 def test_make_up_says_what_it_runs_and_how_to_use_it(host_stack: Stack) -> None:
     for text in ("rehearsal", "make up MODEL_ID=", "complete and verified", "curl", "make logs"):
         assert text in host_stack.notes["up"], host_stack.notes["up"]
+
+
+def test_make_models_lists_and_make_pin_pins(host_stack: Stack) -> None:
+    host_stack.run("make", "models").check().says("rehearsal/glm-4-tiny", "complete")
+    pinned = snapshot.pin("rehearsal/glm-4-tiny")
+    try:
+        host_stack.run("make", "pin").check().says("pinned in images/models/")
+        host_stack.run("make", "download").check().says("nothing to do")
+        pinned.write_text(pinned.read_text().replace('"sha256": "', '"sha256": "0', 1))
+        done = host_stack.run("make", "download").check(2)
+        done.says("Error 21", "does not have what is pinned")
+    finally:
+        pinned.unlink()
 
 
 def test_smoke_tests_are_green(host_stack: Stack) -> None:

@@ -53,6 +53,9 @@ def test_remote_code_runs_unasked_for_the_default_model_only() -> None:
         ("DRAIN_SECONDS", "0", "from 1"),
         ("VLLM_ARGS", '--x "', "shell would split"),
         ("VARIANT", "cuda12", "cu121"),
+        ("MODEL_SOURCES", "modelscope.cn", "URLs of hubs"),
+        ("MODEL_SOURCES", ",", "URLs of hubs"),
+        ("VERIFY", "md5", "size or full"),
     ],
 )
 def test_a_wrong_value_is_refused_with_name_value_and_what_is_allowed(

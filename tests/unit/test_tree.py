@@ -12,9 +12,9 @@ from tests.stacks import ROOT
 # What a module of scripts/ may import of scripts/, from the bottom up. Jobs import no other job.
 LAYERS = [
     {"errors"},
-    {"settings", "variants", "snapshot", "index", "pins", "progress"},
+    {"settings", "variants", "snapshot", "index", "pins", "progress", "follow"},
     {"gpu", "plan", "sources"},
-    {"compose", "host"},
+    {"compose", "host", "fetch"},
 ]
 LIBRARIES = set().union(*LAYERS)
 # Modules that run in an image: no python-on-whales there, and no torch or vllm to wait for.
@@ -31,7 +31,17 @@ CONTAINER = {
     "bound",
 }
 # Libraries that both sides import.
-SHARED = {"errors", "settings", "snapshot", "pins", "gpu", "variants", "sources", "progress"}
+SHARED = {
+    "errors",
+    "settings",
+    "snapshot",
+    "pins",
+    "gpu",
+    "variants",
+    "sources",
+    "progress",
+    "follow",
+}
 HEAVY = {"torch", "vllm", "transformers"}
 MODULES = sorted((ROOT / "scripts").glob("[a-z]*.py"))
 
