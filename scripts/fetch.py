@@ -188,7 +188,7 @@ class Fetch:
             except Again as again:
                 tries += 1
                 delay = _delay(tries, again.after)
-                # A hub that says when to come back is worth waiting for; one that is not there, not.
+                # A hub that says when to come back is worth waiting for.
                 patience = self.settings.download_patience
                 patience = patience if again.after else min(patience, _SHORT_PATIENCE)
                 if time.monotonic() + delay - began > patience:
