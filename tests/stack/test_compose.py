@@ -46,7 +46,7 @@ def ask(stack: Stack, **more) -> requests.Response:
 
 
 def test_download_shows_progress_and_verifies(compose_stack: Stack) -> None:
-    for text in ("files", "fetched in", "complete and verified"):
+    for text in ("files", "fetched and verified in", "complete and verified"):
         assert text in compose_stack.notes["download"]
 
 
