@@ -11,6 +11,7 @@ class StackError(Exception):
     exit_code = 1
 
     def __init__(self, found: str, needed: str, action: str) -> None:
+        self.found, self.needed, self.action = found, needed, action
         super().__init__(f"{found}\n  needed: {needed}\n  to do:  {action}")
 
 

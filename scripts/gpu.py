@@ -1,5 +1,6 @@
 """Look at the NVIDIA driver and GPUs, and refuse what this variant cannot be served on."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -10,12 +11,15 @@ from scripts.variants import Variant, dotted
 _GIB = 1 << 30
 # Beyond the weights: what CUDA, cuBLAS and the activations of a smallest batch take.
 _LEAST_BESIDE_WEIGHTS = 1 * _GIB
-_BFLOAT16_SINCE = (8, 0)
+BFLOAT16_SINCE = (8, 0)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: NVML's index and name, compute capability, memory in bytes (0: not told)."""
+    """One GPU: NVML's index and name, compute capability, memory in bytes (0: not told).
+
+    `total` is what CUDA sees: without what the driver keeps for itself.
+    """
 
     index: int
     name: str
@@ -74,10 +78,14 @@ def _missing(found: str) -> errors.DriverMissing:
 def _gpu(pynvml, index: int) -> Gpu:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        total, free = memory.total, memory.free
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+        total, free = memory.total - memory.reserved, memory.free
     except pynvml.NVMLError:
-        total = free = 0  # A part of a GPU (MIG) does not tell.
+        total = free = 0  # A part of a GPU (MIG) may not tell.
+        with contextlib.suppress(pynvml.NVMLError):
+            # Drivers before 510 do not tell what they keep; on an idle card it is the difference.
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            total, free = memory.total, memory.free
     capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
     return Gpu(index, pynvml.nvmlDeviceGetName(handle), capability, total, free)
 
@@ -99,14 +107,15 @@ def require(settings: Settings) -> list[Gpu]:
             f"{variant.least_driver} or newer, for the CUDA {variant.cuda} of {variant.name}",
             f"{_instead(variant, driver, gpus)}update the driver",
         )
-    if len(gpus) < settings.tensor_parallel_size:
+    wanted = settings.tensor_parallel_size or 1
+    if len(gpus) < wanted:
         raise errors.GpuUnsupported(
             f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''}",
-            f"{settings.tensor_parallel_size}, as TENSOR_PARALLEL_SIZE says",
+            f"{wanted}, as TENSOR_PARALLEL_SIZE says",
             "lower TENSOR_PARALLEL_SIZE, or see NVIDIA_VISIBLE_DEVICES",
         )
     # vLLM takes the first ones, in this order (serve.py sets CUDA_DEVICE_ORDER).
-    gpus = gpus[: settings.tensor_parallel_size]
+    gpus = gpus[: settings.tensor_parallel_size or None]
     for gpu in gpus:
         if not variant.has_kernels(gpu.capability):
             least, greatest = variant.capabilities
@@ -115,10 +124,10 @@ def require(settings: Settings) -> list[Gpu]:
                 f"compute capability {least} to {greatest}, for which {variant.name} has kernels",
                 f"{_instead(variant, driver, gpus)}use another GPU",
             )
-        if settings.dtype == "bfloat16" and gpu.capability < _BFLOAT16_SINCE:
+        if settings.dtype == "bfloat16" and gpu.capability < BFLOAT16_SINCE:
             raise errors.GpuUnsupported(
                 f"{gpu}, which has no bfloat16, and DTYPE=bfloat16",
-                f"compute capability {dotted(_BFLOAT16_SINCE)} for bfloat16, or float16",
+                f"compute capability {dotted(BFLOAT16_SINCE)} for bfloat16, or float16",
                 "set DTYPE=float16 in .env",
             )
         print(f"gpu: NVIDIA driver {driver}, {gpu}, {gpu.room}", flush=True)

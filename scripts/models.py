@@ -1,4 +1,4 @@
-"""List the models of the volume, remove one, or print the manifest of one to pin it."""
+"""List the models of the volume, remove one, or print what another job asks of one."""
 
 import argparse
 import json
@@ -98,10 +98,11 @@ def remove(models: Path, model_id: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one of the three."""
+    """Run one of the four."""
     parser = argparse.ArgumentParser(description=__doc__)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--remove", metavar="OWNER/NAME", help="remove this model")
+    group.add_argument("--config", action="store_true", help="print MODEL_ID's config and weights")
     group.add_argument("--pin", action="store_true", help="print MODEL_ID's manifest")
     options = parser.parse_args(argv)
     settings = Settings.from_environ()
@@ -111,6 +112,10 @@ def main(argv: list[str] | None = None) -> int:
         where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
         json.dump(asdict(snapshot.read(where)), sys.stdout, indent=1)
         print()
+    elif options.config:
+        where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
+        config = json.loads((where / "config.json").read_text(encoding="utf-8"))
+        print(json.dumps({"config": config, "weights": snapshot.read(where).weights}))
     else:
         show(settings.models)
     return 0

@@ -104,7 +104,7 @@ def make(cuda: str = "", runtime: str = "") -> Plan:
 
     variant, reason = _choose_variant(cuda, environ.get("VARIANT", ""))
     reasons = [reason]
-    if variant.name == "cpu" and not environ.get("MODEL_ID"):
+    if variant.name == "cpu" and not (environ.get("MODEL_ID") or environ.get("MODEL")):
         env_files = (*env_files, REHEARSAL)
         environ = {**_values(env_files), **os.environ}
     rehearsal = environ.get("MODEL_ID") == _values((REHEARSAL,))["MODEL_ID"]
@@ -129,6 +129,8 @@ def make(cuda: str = "", runtime: str = "") -> Plan:
     if not variant.cuda:
         environ["CONTAINER_RUNTIME"] = "runc"
     environ.update(index.environment())
+    settings = Settings.from_environ(environ)
+    variants.require_model(variant, settings.model_id)
     return Plan(
         variant=variant,
         runtime=runtime,
@@ -136,7 +138,7 @@ def make(cuda: str = "", runtime: str = "") -> Plan:
         reasons=tuple(reasons),
         env_files=env_files,
         environ=environ,
-        settings=Settings.from_environ(environ),
+        settings=settings,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts import errors, gpu, snapshot, variants
+from scripts import errors, fit, gpu, snapshot, variants
 from scripts.settings import Settings
 
 _SECRET_WORDS = ("key", "token", "secret", "password")
@@ -138,14 +138,36 @@ def masked(command: list[str]) -> str:
     return " ".join(shown)
 
 
+def _failed_starts(run: Path) -> int:
+    """Return how many starts before this one ended without an answer, and note this one.
+
+    vLLM keeps this process's id, and health.py notes the one that answered.
+    """
+    starts, answered = run / "starts", run / "answered"
+    before = starts.read_text().split() if starts.exists() else []
+    if answered.exists() and answered.read_text() in before:
+        before = []
+    starts.write_text(" ".join([*before, str(os.getpid())]))
+    return len(before)
+
+
 def main() -> int:
     """Become vLLM; returns only when that is refused."""
     settings = Settings.from_environ()
     where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
-    command = arguments(settings, where)
+    failed = _failed_starts(settings.run)
+    gpus = gpu.look()[1] if variants.load()[settings.variant].cuda else []
+    fitted, lines = fit.resolve(
+        settings, gpus, fit.read(where), snapshot.load(where).weights, min(failed, 2)
+    )
+    if failed and fitted.gpu_memory_utilization != settings.gpu_memory_utilization and gpus:
+        print(
+            f"serve: {failed} starts failed; a smaller share of the card: {lines[-1]}", flush=True
+        )
+    command = arguments(fitted, where)
     print(f"serve: {masked(command)}", flush=True)
     program = Path(sys.executable).with_name(command[0])
-    os.execve(program, command, environment(settings, os.environ))
+    os.execve(program, command, environment(fitted, os.environ))
 
 
 if __name__ == "__main__":

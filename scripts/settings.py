@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from scripts import presets
 from scripts.errors import SettingInvalid
 
-DEFAULT_MODEL_ID = "ZhipuAI/glm-4-9b-chat"
+DEFAULT_MODEL = "glm-4-9b-chat"
+DEFAULT_MODEL_ID = presets.named(DEFAULT_MODEL).model_id
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Where a model may come from, besides the URL of a hub that speaks ModelScope's protocol.
 SOURCES = ("modelscope", "huggingface", "hf-mirror", "folder")
-# https://huggingface.co/zai-org/glm-4-9b-chat: the same files under their publisher's name there.
-_HF_DEFAULT_MODEL_ID = "zai-org/glm-4-9b-chat"
 _MODEL_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _REVISION = r"[\w.][\w./-]*"
 
@@ -59,6 +59,18 @@ def _fraction(name: str, value: str) -> float:
     if not re.fullmatch(r"[0-9]*\.?[0-9]+", value) or not 0 < float(value) <= 1:
         raise _invalid(name, value, "a number above 0 and at most 1")
     return float(value)
+
+
+def _auto(parse: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
+    """Take `auto` as well, as a 0: scripts/fit.py finds the value."""
+
+    def parse_or_auto(name: str, value: str) -> Any:
+        try:
+            return 0 if value == "auto" else parse(name, value)
+        except SettingInvalid as error:
+            raise SettingInvalid(error.found, f"auto, or {error.needed}", error.action) from None
+
+    return parse_or_auto
 
 
 def _boolean(name: str, value: str) -> bool:
@@ -125,7 +137,8 @@ def _arguments(name: str, value: str) -> tuple[str, ...]:
 class Settings:
     """What an operator may set (`.env.example` explains each), and the folders of this runtime.
 
-    `models` holds snapshots, `caches` compile caches, `run` sockets and marks.
+    A number that is `auto` is 0 here. `models` holds snapshots, `caches` compile caches, `run`
+    sockets and marks.
     """
 
     model_id: str
@@ -171,11 +184,17 @@ class Settings:
         def path(name: str, default: str) -> Path:
             return Path(environ.get(name, "") or default)
 
+        name = environ.get("MODEL", "").strip()
         model_id = read(
             "MODEL_ID",
-            DEFAULT_MODEL_ID,
+            presets.named(name or DEFAULT_MODEL).model_id,
             _matching(_MODEL_ID, "owner/name, as the hub spells it"),
         )
+        preset = presets.of(model_id)
+        if name and presets.named(name) != preset:
+            raise SettingInvalid(
+                f"MODEL={name} and MODEL_ID={model_id}", "one of the two", "take one out of .env"
+            )
         model_revision = read(
             "MODEL_REVISION", "master", _matching(_REVISION, "a branch, tag or commit")
         )
@@ -188,7 +207,7 @@ class Settings:
             hf_endpoint=read("HF_ENDPOINT", "https://huggingface.co", _url),
             hf_model_id=read(
                 "HF_MODEL_ID",
-                _HF_DEFAULT_MODEL_ID if model_id == DEFAULT_MODEL_ID else model_id,
+                (preset and preset.hf_model_id) or model_id,
                 _matching(_MODEL_ID, "owner/name, as Hugging Face spells it"),
             ),
             hf_model_revision=read(
@@ -205,18 +224,17 @@ class Settings:
             download_patience=read("DOWNLOAD_PATIENCE", "300", _integer(1, 86400)),
             served_model_name=read(
                 "SERVED_MODEL_NAME",
-                "glm-4-9b-chat",
+                name.lower() or DEFAULT_MODEL,
                 _matching(r"[\w./:@-]+", "a name without spaces, such as glm-4-9b-chat"),
             ),
-            # 320 MiB of KV cache for GLM-4-9B: they fit beside its bf16 weights in 24 GB.
-            max_model_len=read("MAX_MODEL_LEN", "8192", _integer(16, 10_000_000)),
-            dtype=read("DTYPE", "bfloat16", _choice(*DTYPES)),
-            gpu_memory_utilization=read("GPU_MEMORY_UTILIZATION", "0.9", _fraction),
-            tensor_parallel_size=read("TENSOR_PARALLEL_SIZE", "1", _integer(1, 64)),
+            max_model_len=read("MAX_MODEL_LEN", "auto", _auto(_integer(16, 10_000_000))),
+            dtype=read("DTYPE", "auto", _choice(*DTYPES)),
+            gpu_memory_utilization=read("GPU_MEMORY_UTILIZATION", "auto", _auto(_fraction)),
+            tensor_parallel_size=read("TENSOR_PARALLEL_SIZE", "auto", _auto(_integer(1, 64))),
             chat_template=environ.get("CHAT_TEMPLATE", "").strip(),
-            # The tokenizer of the default model is remote code; nobody else's runs unasked.
+            # The tokenizer of some presets is remote code; nobody else's runs unasked.
             trust_remote_code=read(
-                "TRUST_REMOTE_CODE", "1" if model_id == DEFAULT_MODEL_ID else "0", _boolean
+                "TRUST_REMOTE_CODE", "1" if preset and preset.trust_remote_code else "0", _boolean
             ),
             host=read("HOST", "127.0.0.1", _address),
             port=read("PORT", "8000", _integer(1, 65535)),

@@ -1,15 +1,17 @@
 """Bring the stack up on this host, down again, and show how it is."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
 
-from scripts import compose, errors, host, plan, snapshot, variants
+from scripts import compose, errors, fit, gpu, host, plan, presets, snapshot, variants
 from scripts.compose import ComposeRuntime
 from scripts.host import HostRuntime
 from scripts.plan import Plan
+from scripts.settings import DEFAULT_MODEL
 
 # Loading 18 GB from a slow disk takes minutes; a server that needs longer has a problem.
 _READY_SECONDS = 1800
@@ -129,6 +131,29 @@ def pin(chosen: Plan) -> int:
     return 0
 
 
+def show_fit(chosen: Plan, card: str) -> int:
+    """Print how much context fits, with the sum, on a card by its name or on this host's."""
+    if card:
+        memory, capability = presets.card(card)
+        gpus = [gpu.Gpu(0, card, capability, memory, memory)]
+    else:
+        gpus = gpu.require(chosen.settings)
+    shape, weights = _shape(chosen)
+    _, lines = fit.resolve(chosen.settings, gpus, shape, weights)
+    print(f"{chosen.settings.model_id} on {gpus[0] if gpus else 'a CPU'}, {chosen.variant.name}:")
+    print("\n".join(lines))
+    return 0
+
+
+def _shape(chosen: Plan) -> tuple[fit.Shape, int]:
+    """Return the model's shape and bytes of weights: the one on the volume, or the preset's."""
+    preset = presets.of(chosen.settings.model_id)
+    if not preset:
+        known = json.loads(_runtime(chosen).job("models", "--config"))
+        return fit.Shape.parse(known["config"]), known["weights"]
+    return fit.Shape.parse(preset.config), preset.weights
+
+
 def _running(cuda: str, wanted: str) -> list[ComposeRuntime | HostRuntime]:
     """Return the runtimes that have something of ours, or the one asked for."""
     found = []
@@ -144,12 +169,21 @@ def _running(cuda: str, wanted: str) -> list[ComposeRuntime | HostRuntime]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=[*PREPARING, "models", *RUNNING])
+    parser.add_argument("command", choices=[*PREPARING, "models", "fit", *RUNNING])
     parser.add_argument("--cuda", default="", help="118, 121, 130, cpu, or all (build)")
     parser.add_argument("--runtime", default="", help="docker or host; by default what is there")
+    parser.add_argument("--gpu", default="", help="a card by its name, such as rtx3090 (fit)")
     parser.add_argument("--remove", default="", help="the model to remove (models)")
     options = parser.parse_args(argv)
 
+    if options.command == "fit":
+        cuda = options.cuda
+        if options.gpu and not cuda:
+            # As with the newest driver: the card is somewhere else.
+            fitting = variants.fitting("999", [presets.card(options.gpu)[1]])
+            cuda = fitting[0].short if fitting else ""
+            os.environ.setdefault("MODEL", DEFAULT_MODEL)
+        return show_fit(plan.make(cuda, options.runtime), options.gpu)
     if options.command == "models":
         return models(plan.make(options.cuda, options.runtime), options.remove)
     if options.command == "build" and options.cuda == "all":

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts import errors, gpu, snapshot
+from scripts import errors, fit, gpu, snapshot, variants
 from scripts.settings import Settings
 
 CONF = Path(__file__).resolve().parent.parent / "docker" / "supervisord.conf"
@@ -25,13 +25,17 @@ def main(argv: list[str] | None = None) -> int:
     # A wrong setting, a missing model or an unfit GPU stays wrong however often it is
     # retried: end here.
     settings.check_files()
+    variants.require_model(variants.load()[settings.variant], settings.model_id)
     # Before the model is asked for: nobody should fetch it for a GPU that cannot serve it.
     gpus = gpu.require(settings)
     where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
-    gpu.require_memory(settings, gpus, snapshot.load(where).weights)
+    weights = snapshot.load(where).weights
+    fitted, lines = fit.resolve(settings, gpus, fit.read(where), weights)
+    print("\n".join(f"fit: {line}" for line in lines), flush=True)
+    gpu.require_memory(fitted, gpus[: fitted.tensor_parallel_size], weights)
     settings.run.mkdir(parents=True, exist_ok=True)
     given_up = settings.run / "given-up"
-    for mark in (given_up, settings.run / "answered"):
+    for mark in (given_up, settings.run / "answered", settings.run / "starts"):
         mark.unlink(missing_ok=True)
 
     output = str(log or "/dev/fd/1")

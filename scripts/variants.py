@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from scripts import presets
 from scripts.errors import SettingInvalid
 
 IMAGES = Path(__file__).resolve().parent.parent / "images"
@@ -106,6 +107,20 @@ def named(short: str) -> Variant:
         f"CUDA={short!r}",
         "one of " + ", ".join(variant.short for variant in known.values()),
         "choose one of these, or leave CUDA= out",
+    )
+
+
+def require_model(variant: Variant, model_id: str) -> None:
+    """Raise SettingInvalid when a variant's vLLM is older than a preset's architecture."""
+    preset = presets.of(model_id)
+    if not preset or number(variant.vllm) >= number(preset.least_vllm):
+        return
+    least = number(preset.least_vllm)
+    newer = [v.short for v in load().values() if v.cuda and number(v.vllm) >= least]
+    raise SettingInvalid(
+        f"{variant.name} has vLLM {variant.vllm}",
+        f"{preset.least_vllm} or newer for {model_id}",
+        f"use CUDA={' or '.join(newer)}, or MODEL=glm-4-9b-chat",
     )
 
 

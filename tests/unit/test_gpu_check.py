@@ -20,7 +20,8 @@ def require(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 
     def run(driver: str, *gpus: Gpu, weights: int = GLM4, **environ: str) -> str:
         monkeypatch.setattr(gpu, "look", lambda: (driver, list(gpus)))
-        settings = Settings.from_environ({"VARIANT": "cu121", **environ})
+        set_by_hand = {"DTYPE": "bfloat16", "GPU_MEMORY_UTILIZATION": "0.9"}
+        settings = Settings.from_environ({"VARIANT": "cu121", **set_by_hand, **environ})
         gpu.require_memory(settings, gpu.require(settings), weights)
         return capsys.readouterr().out
 

@@ -15,7 +15,7 @@ def test_defaults_are_the_recipe() -> None:
     assert settings.model_id == "ZhipuAI/glm-4-9b-chat"
     assert settings.served_model_name == "glm-4-9b-chat"
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
-    assert settings.dtype == "bfloat16"
+    assert (settings.dtype, settings.max_model_len) == ("auto", 0)
 
 
 def test_an_empty_value_counts_as_unset() -> None:

@@ -12,9 +12,10 @@ from tests.stacks import ROOT
 # What a module of scripts/ may import of scripts/, from the bottom up. Jobs import no other job.
 LAYERS = [
     {"errors"},
+    {"presets"},
     {"settings", "variants", "snapshot", "index", "pins", "progress", "follow"},
     {"gpu", "plan", "sources"},
-    {"compose", "host", "fetch"},
+    {"compose", "host", "fetch", "fit"},
 ]
 LIBRARIES = set().union(*LAYERS)
 # Modules that run in an image: no python-on-whales there, and no torch or vllm to wait for.

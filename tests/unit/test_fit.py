@@ -1,0 +1,201 @@
+"""What fits on a card, against what vLLM itself said on one."""
+
+import dataclasses
+
+import pytest
+
+from scripts import errors, fit, presets, variants
+from scripts.fit import Shape
+from scripts.gpu import Gpu
+from scripts.settings import Settings
+
+GIB = 1 << 30
+# https://modelscope.cn/models/ZhipuAI/glm-4-9b-chat, config.json
+GLM4 = {
+    "num_layers": 40,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "kv_channels": 128,
+    "ffn_hidden_size": 13696,
+    "padded_vocab_size": 151552,
+    "seq_length": 131072,
+    "torch_dtype": "bfloat16",
+}
+SHAPE = Shape.parse(GLM4)
+# vLLM's own "Model loading took 17.56 GiB".
+WEIGHTS = int(17.56 * GIB)
+# As CUDA sees them (torch.cuda.mem_get_info).
+H100, RTX4090, T4 = int(79.18 * GIB), int(23.64 * GIB), int(14.75 * GIB)
+
+
+def card(total: int, name: str = "card", capability=(9, 0), free: int | None = None) -> Gpu:
+    return Gpu(0, name, capability, total, total if free is None else free)
+
+
+def variant(name: str):
+    return variants.load()[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [
+        # "# GPU blocks: 84110" of 16 tokens, bfloat16 and float16 alike; vLLM 0.6.3.post1.
+        ("cu121", 1_345_760),
+        # "GPU KV cache size: 1,325,744 tokens" at a first start, 1,336,960 later; vLLM 0.32.0.
+        ("cu130", 1_325_744),
+    ],
+)
+def test_the_sum_is_what_vllm_said_on_an_h100_and_a_little_less(name: str, measured: int) -> None:
+    tokens = fit.compute(SHAPE, WEIGHTS, H100, variant(name), share=0.9, context=8192).tokens
+    assert 0.98 * measured < tokens <= measured
+
+
+def test_24_gb_hold_what_was_published() -> None:
+    # 53,376 tokens of cache were reported for GLM-4-9B-chat in bfloat16 on 24 GB.
+    found = fit.compute(SHAPE, WEIGHTS, RTX4090, variant("cu121"), share=0.9)
+    assert 0.95 * 53_376 < found.tokens <= 53_376
+    # The original recipe allowed 2,048.
+    assert found.context > 20 * 2048
+    assert found.context <= found.tokens
+
+
+def test_a_tokens_cache_has_40_kib() -> None:
+    assert SHAPE.token_bytes(2, 1) == 40 * 1024
+    assert SHAPE.token_bytes(1, 1) == 20 * 1024
+    assert SHAPE.token_bytes(2, 2) == 20 * 1024
+    # Two KV heads on four cards: each has one.
+    assert SHAPE.token_bytes(2, 4) == 20 * 1024
+
+
+def test_the_sum_can_be_checked_by_hand() -> None:
+    found = fit.compute(SHAPE, WEIGHTS, RTX4090, variant("cu130"))
+    room = sum(size for _, size in found.terms)
+    assert found.tokens == room // found.token // 16 * 16
+    text = "\n".join(found.lines())
+    for part in ("0.90 of the card's 23.64 GiB", "weights", "17.56 GiB", "40960 bytes a token"):
+        assert part in text
+
+
+@pytest.mark.parametrize("name", ["cu118", "cu121", "cu130"])
+@pytest.mark.parametrize("total", [RTX4090, H100, int(39.4 * GIB), int(31.7 * GIB)])
+def test_the_context_is_never_above_the_cache_or_the_models_limit(name: str, total: int) -> None:
+    found = fit.compute(SHAPE, WEIGHTS, total, variant(name))
+    assert found.context <= min(found.tokens, SHAPE.longest)
+    assert found.context == SHAPE.longest or found.context % 256 == 0
+
+
+def test_keys_of_transformers_and_latent_attention_are_read() -> None:
+    llama = Shape.parse(
+        {
+            "num_hidden_layers": 32,
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "vocab_size": 128256,
+            "max_position_embeddings": 131072,
+        }
+    )
+    assert (llama.kv_heads, llama.head_size) == (8, 128)
+    assert llama.token_bytes(2, 1) == 2 * 32 * 8 * 128 * 2
+    latent = Shape.parse({**GLM4, "kv_lora_rank": 512, "qk_rope_head_dim": 64})
+    assert latent.token_bytes(2, 1) == 40 * 576 * 2
+    with pytest.raises(errors.SettingInvalid, match="num_hidden_layers"):
+        Shape.parse({k: v for k, v in GLM4.items() if k != "num_layers"})
+
+
+def resolve(*gpus: Gpu, weights: int = WEIGHTS, step: int = 0, **environ: str):
+    settings = Settings.from_environ({"VARIANT": "cu121", **environ})
+    return fit.resolve(settings, list(gpus), SHAPE, weights, step)
+
+
+def test_auto_finds_a_value_for_everything() -> None:
+    found, lines = resolve(card(RTX4090, capability=(8, 9)))
+    assert found.dtype == "bfloat16" and found.tensor_parallel_size == 1
+    assert found.gpu_memory_utilization == 0.9 and found.max_model_len > 40_000
+    assert lines[-1].startswith("so: bfloat16, MAX_MODEL_LEN=")
+
+
+def test_a_card_without_bfloat16_gets_float16() -> None:
+    v100 = card(int(31.7 * GIB), capability=(7, 0))
+    assert resolve(v100)[0].dtype == "float16"
+
+
+def test_what_the_user_sets_stays() -> None:
+    found, _ = resolve(
+        card(H100), MAX_MODEL_LEN="4096", GPU_MEMORY_UTILIZATION="0.5", DTYPE="float16"
+    )
+    assert (found.max_model_len, found.gpu_memory_utilization) == (4096, 0.5)
+    assert found.dtype == "float16"
+
+
+def test_a_context_that_does_not_fit_is_warned_of() -> None:
+    _, lines = resolve(card(RTX4090, capability=(8, 9)), MAX_MODEL_LEN="131072")
+    assert any("MAX_MODEL_LEN=131072 is more than fits" in line for line in lines)
+
+
+def test_a_card_that_others_use_gives_what_is_free() -> None:
+    found, _ = resolve(card(H100, free=40 * GIB))
+    assert found.gpu_memory_utilization == 0.50
+
+
+def test_two_small_cards_share_a_model_that_one_cannot_hold() -> None:
+    found, _ = resolve(card(T4, capability=(7, 5)), card(T4, capability=(7, 5)))
+    assert found.tensor_parallel_size == 2 and found.dtype == "float16"
+    assert found.max_model_len >= 4096
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_sum_and_a_smaller_one() -> None:
+    with pytest.raises(errors.GpuMemoryShort) as caught:
+        resolve(card(T4, "Tesla T4", (7, 5)))
+    for text in ("Tesla T4", "- weights", "17.56 GiB", "MODEL=glm-4-9b-chat-int4 ("):
+        assert text in str(caught.value)
+
+
+def test_an_old_card_takes_no_prompt_in_pieces_on_the_old_engine() -> None:
+    small = int(7.2e9)
+    old, new = (
+        resolve(card(T4, capability=capability), weights=small)[0].max_model_len
+        for capability in ((7, 5), (8, 0))
+    )
+    assert old <= 32768 < new
+
+
+@pytest.mark.parametrize("name", list(presets.load()))
+def test_every_preset_fits_a_24_gb_card_or_says_why_not(name: str) -> None:
+    preset = presets.named(name)
+    settings = Settings.from_environ({"MODEL": name, "VARIANT": "cu130"})
+    assert settings.model_id == preset.model_id and settings.served_model_name == name
+    assert settings.trust_remote_code == preset.trust_remote_code
+    gpus = [card(RTX4090, capability=(8, 9))]
+    found, _ = fit.resolve(settings, gpus, Shape.parse(preset.config), preset.weights)
+    assert found.max_model_len > 8192
+    assert preset.stop_token_ids == (151329, 151336, 151338)
+
+
+def test_a_model_too_new_for_the_variant_is_refused_with_one_that_has_it() -> None:
+    with pytest.raises(errors.SettingInvalid, match=r"0\.8\.5 or newer[\s\S]*CUDA=118 or 130"):
+        variants.require_model(variants.load()["cu121"], "ZhipuAI/GLM-4-9B-0414")
+
+
+def test_two_names_for_a_model_are_refused() -> None:
+    with pytest.raises(errors.SettingInvalid, match="MODEL=glm-4-9b-chat and MODEL_ID=a/b"):
+        Settings.from_environ({"MODEL": "glm-4-9b-chat", "MODEL_ID": "a/b"})
+    with pytest.raises(errors.SettingInvalid, match="glm-4-9b-chat-int4"):
+        Settings.from_environ({"MODEL": "gpt-5"})
+
+
+def test_a_failed_start_takes_a_smaller_share() -> None:
+    first, second = (resolve(card(RTX4090, capability=(8, 9)), step=step)[0] for step in (0, 1))
+    assert second.gpu_memory_utilization == pytest.approx(first.gpu_memory_utilization - 0.04)
+    assert second.max_model_len < first.max_model_len
+
+
+def test_a_cpu_and_a_part_of_a_card_that_tells_nothing_get_a_modest_context() -> None:
+    assert resolve(VARIANT="cpu")[0].max_model_len == 8192
+    assert resolve(card(0))[0].max_model_len == 8192
+    tiny = dataclasses.replace(SHAPE, longest=1024)
+    settings = Settings.from_environ({"VARIANT": "cpu"})
+    assert fit.resolve(settings, [], tiny, WEIGHTS)[0].max_model_len == 1024
