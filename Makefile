@@ -7,7 +7,7 @@ CHOICE := $(if $(CUDA),--cuda $(CUDA)) $(if $(RUNTIME),--runtime $(RUNTIME))
 URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status logs build download models pin fit smoke test test-gpu lint lock engine
+.PHONY: help up down status logs build download models pin fit doctor configure smoke test test-gpu lint lock engine
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,12 @@ download: .venv/host ## Bring the model
 
 models: .venv/host ## List the models of the volume: make models [REMOVE=owner/name]
 	@$(STACK) models $(CHOICE) $(if $(REMOVE),--remove $(REMOVE))
+
+doctor: .venv/host ## Check this host, and say how to mend it: make doctor [CUDA=121]
+	@$(PY) -m scripts.doctor $(CHOICE)
+
+configure: .venv/host ## Write what `make up` would choose into .env; your own lines stay
+	@$(STACK) configure $(CHOICE)
 
 fit: .venv/host ## Show how much context fits: make fit [GPU=rtx3090] [MODEL=…] [CUDA=121]
 	@$(STACK) fit $(CHOICE) $(if $(GPU),--gpu $(GPU))

@@ -32,19 +32,22 @@ class ComposeRuntime:
             compose_env_files=[str(file) for file in chosen.env_files],
         )
 
-    def check_build(self) -> None:
-        """Raise when the engine or the disk cannot build the images; changes nothing."""
+    def check_tools(self) -> None:
+        """Raise when the engine or compose is missing or too old; changes nothing."""
         info = self._info()
         self._check_version("Docker engine", info.server_version or "", _LEAST_ENGINE)
         self._check_version("Docker Compose", self._compose_version(), _LEAST_COMPOSE)
-        if not self._built():
+
+    def check_room(self) -> None:
+        """Raise when there is no room to build the images."""
+        if not self.is_built():
             # The installed environment, its copy in the layer, and the cache of wheels.
             room = 3 * self.plan.variant.size_gb
-            plan.check_room(Path(info.docker_root_dir or "/"), room, "building the images")
+            root = Path(self._info().docker_root_dir or "/")
+            plan.check_room(root, room, "building the images")
 
-    def check(self) -> None:
-        """Raise when the engine, the port or the disk cannot serve the plan; changes nothing."""
-        self.check_build()
+    def check_gpu(self) -> None:
+        """Raise when the engine cannot give a container the GPU."""
         runtimes = self._info().runtimes or {}
         runtime = self.plan.environ.get("CONTAINER_RUNTIME") or "nvidia"
         if runtime not in runtimes:
@@ -54,6 +57,9 @@ class ComposeRuntime:
                 "install nvidia-container-toolkit, run `nvidia-ctk runtime configure"
                 " --runtime=docker`, and restart Docker",
             )
+
+    def check_port(self) -> None:
+        """Raise when another process listens where the endpoint would."""
         if not self._serving():
             plan.check_port(self.plan)
 
@@ -86,7 +92,8 @@ class ComposeRuntime:
         services = self.docker.compose.config().services
         return [services[name].image for name in ("download", "serve")]
 
-    def _built(self) -> bool:
+    def is_built(self) -> bool:
+        """Whether the images are there."""
         return all(self.docker.image.exists(image) for image in self._images())
 
     def _serving(self) -> Container | None:

@@ -90,7 +90,33 @@ def _gpu(pynvml, index: int) -> Gpu:
     return Gpu(index, pynvml.nvmlDeviceGetName(handle), capability, total, free)
 
 
-def require(settings: Settings) -> list[Gpu]:
+def cuda_of_driver() -> str:
+    """Return the newest CUDA that the driver runs, such as 13.0."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        version = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+    finally:
+        pynvml.nvmlShutdown()
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def users(index: int) -> list[int]:
+    """Return the ids of the processes that compute on a GPU, as far as this user may see them."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        return [process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def require(settings: Settings, quiet: bool = False) -> list[Gpu]:
     """Return the GPUs that vLLM will take, when this variant runs on them; none for a CPU.
 
     Raises:
@@ -130,7 +156,8 @@ def require(settings: Settings) -> list[Gpu]:
                 f"compute capability {dotted(BFLOAT16_SINCE)} for bfloat16, or float16",
                 "set DTYPE=float16 in .env",
             )
-        print(f"gpu: NVIDIA driver {driver}, {gpu}, {gpu.room}", flush=True)
+        if not quiet:
+            print(f"gpu: NVIDIA driver {driver}, {gpu}, {gpu.room}", flush=True)
     return gpus
 
 

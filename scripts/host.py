@@ -105,23 +105,32 @@ class HostRuntime:
             "install python3.11 (apt, conda create python=3.11, or `uv python install 3.11`)",
         )
 
-    def check_build(self) -> None:
-        """Raise when this host lacks Python, a compiler or room; changes nothing."""
+    def check_tools(self) -> None:
+        """Raise when this host lacks Python or a compiler; changes nothing."""
         python = self._python()
         if self.plan.variant.cuda:
             _require_compiler(python)
+
+    def check_room(self) -> None:
+        """Raise when there is no room for the environments."""
         if not self._complete(self.plan.variant.name):
             # The environment, and the cache of wheels it is installed from.
             plan.check_room(self.state_dir, 2 * self.plan.variant.size_gb, "the environment")
 
-    def check(self) -> None:
-        """Raise when Python, the port or the disk cannot serve the plan; changes nothing."""
-        self.check_build()
+    def check_gpu(self) -> None:
+        """Nothing stands between this host's processes and its GPU."""
+
+    def check_port(self) -> None:
+        """Raise when another process listens where the endpoint would."""
         if not supervisord():
             plan.check_port(self.plan)
 
     def _complete(self, name: str) -> bool:
         return (self._venv(name) / "complete").exists()
+
+    def is_built(self) -> bool:
+        """Whether the environments are there."""
+        return all(self._complete(name) for name in ("download", self.plan.variant.name))
 
     def build(self) -> None:
         """Install the environments of the locks, each once."""

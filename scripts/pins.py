@@ -93,7 +93,10 @@ def _ordinary_index(environ: Mapping[str, str]) -> str:
 
 
 def require_reach(
-    pins: Iterable[Pin], folders: Iterable[Path], environ: Mapping[str, str] = os.environ
+    pins: Iterable[Pin],
+    folders: Iterable[Path],
+    environ: Mapping[str, str] = os.environ,
+    seconds: float = _PROBE_SECONDS,
 ) -> None:
     """Ask every place from which a wheel must come, once, before anything large is fetched.
 
@@ -106,23 +109,25 @@ def require_reach(
     for pin in missing:
         if pin.url:
             setting = next((s for s, place in MIRRORED.items() if pin.url.startswith(place)), "")
-            _probe(mirrored(pin.url, environ), f"the wheel of {pin.name}", setting, environ)
+            _probe(
+                mirrored(pin.url, environ), f"the wheel of {pin.name}", setting, environ, seconds
+            )
     for suffix in sorted({pin.local for pin in missing if pin.local}):
         where = suffix_index(suffix, environ)
-        _probe(where, f"the index of +{suffix} wheels", "PYTORCH_INDEX_URL", environ)
+        _probe(where, f"the index of +{suffix} wheels", "PYTORCH_INDEX_URL", environ, seconds)
     index = _ordinary_index(environ)
     if index and any(not pin.url and not pin.local for pin in missing):
-        _probe(index, "the Python index", "PIP_INDEX_URL", environ)
+        _probe(index, "the Python index", "PIP_INDEX_URL", environ, seconds)
 
 
-def _probe(url: str, what: str, setting: str, environ: Mapping[str, str]) -> None:
+def _probe(url: str, what: str, setting: str, environ: Mapping[str, str], seconds: float) -> None:
     certificates = environ.get("PIP_CERT") or environ.get("CA_BUNDLE")
     context = ssl.create_default_context(
         cafile=certificates if certificates and Path(certificates).stat().st_size else None
     )
     request = urllib.request.Request(url, method="HEAD")
     try:
-        urllib.request.urlopen(request, timeout=_PROBE_SECONDS, context=context).close()
+        urllib.request.urlopen(request, timeout=seconds, context=context).close()
         return
     except urllib.error.HTTPError as error:
         # An index may refuse HEAD or its bare root; a wheel must be there.

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 from dotenv import dotenv_values
 
-from scripts import errors, index, variants
+from scripts import errors, gpu, index, variants
 from scripts.settings import DEFAULT_MODEL_ID, Settings
 from scripts.variants import Variant
 
@@ -39,24 +39,11 @@ class Plan:
 
 def gpus() -> tuple[str, list[tuple[int, ...]]]:
     """Return the NVIDIA driver's version, empty for none, and each GPU's compute capability."""
-    # The oldest drivers do not tell the capability.
-    for fields in ("driver_version,compute_cap", "driver_version"):
-        lines = _nvidia_smi(fields)
-        if lines:
-            rows = [line.split(", ") for line in lines]
-            return rows[0][0], [variants.number(row[1]) for row in rows if len(row) > 1]
-    return "", []
-
-
-def _nvidia_smi(fields: str) -> list[str]:
-    if not shutil.which("nvidia-smi"):
-        return []
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except subprocess.TimeoutExpired:
-        return []
-    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+        driver, found = gpu.look()
+    except errors.DriverMissing:
+        return "", []
+    return driver, [card.capability for card in found]
 
 
 def _choose_variant(cuda: str, wanted: str) -> tuple[Variant, str]:

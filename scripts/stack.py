@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 
-from scripts import compose, errors, fit, gpu, host, plan, presets, snapshot, variants
+from dotenv import dotenv_values
+
+from scripts import compose, doctor, errors, fit, gpu, host, plan, presets, snapshot, variants
 from scripts.compose import ComposeRuntime
 from scripts.host import HostRuntime
 from scripts.plan import Plan
@@ -22,17 +24,13 @@ def _say(text: str) -> None:
     print(f"up: {text}", flush=True)
 
 
-def _runtime(chosen: Plan) -> ComposeRuntime | HostRuntime:
-    return ComposeRuntime(chosen) if chosen.runtime == "docker" else HostRuntime(chosen)
-
-
 def up(chosen: Plan) -> int:
     """Check, build, download, start, and wait until the endpoint answers."""
     began = time.monotonic()
     for reason in chosen.reasons:
         _say(reason)
-    runtime = _runtime(chosen)
-    runtime.check()
+    doctor.require(chosen)
+    runtime = doctor.runtime_of(chosen)
     _say("checks passed; building")
     runtime.build()
     _say("downloading")
@@ -83,8 +81,9 @@ def _wait(runtime: ComposeRuntime | HostRuntime) -> None:
 
 def build(chosen: Plan) -> int:
     """Build what the plan runs."""
-    runtime = _runtime(chosen)
-    runtime.check_build()
+    runtime = doctor.runtime_of(chosen)
+    runtime.check_tools()
+    runtime.check_room()
     runtime.build()
     return 0
 
@@ -110,7 +109,7 @@ def build_all(runtime: str) -> int:
 
 def download(chosen: Plan) -> int:
     """Bring the model."""
-    runtime = _runtime(chosen)
+    runtime = doctor.runtime_of(chosen)
     runtime.build()
     runtime.download()
     return 0
@@ -118,13 +117,15 @@ def download(chosen: Plan) -> int:
 
 def models(chosen: Plan, remove: str) -> int:
     """List the models of the volume, or remove one."""
-    print(_runtime(chosen).job("models", *(["--remove", remove] if remove else [])), end="")
+    print(
+        doctor.runtime_of(chosen).job("models", *(["--remove", remove] if remove else [])), end=""
+    )
     return 0
 
 
 def pin(chosen: Plan) -> int:
     """Write the manifest of the model on the volume to where the next download looks for it."""
-    manifest = _runtime(chosen).job("models", "--pin")
+    manifest = doctor.runtime_of(chosen).job("models", "--pin")
     path = snapshot.pin(chosen.settings.model_id)
     path.write_text(manifest, encoding="utf-8")
     print(f"pinned in {path.relative_to(plan.ROOT)}; downloads must match it from now on")
@@ -145,11 +146,38 @@ def show_fit(chosen: Plan, card: str) -> int:
     return 0
 
 
+def configure(chosen: Plan) -> int:
+    """Write what was chosen into .env, with a comment each; a line that is there stays."""
+    path = plan.ROOT / ".env"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    there = dotenv_values(path) if path.exists() else {}
+    reasons = iter(chosen.reasons)
+    wanted = {"VARIANT": (chosen.variant.name, next(reasons))}
+    if not chosen.variant.cuda:
+        wanted["CONTAINER_RUNTIME"] = ("runc", "a CPU needs no other")
+    if chosen.rehearsal:
+        for name, value in dotenv_values(plan.REHEARSAL).items():
+            wanted.setdefault(name, (value, "of rehearsal.env"))
+    else:
+        for name in ("MODEL_ID", "SERVED_MODEL_NAME", "PORT"):
+            wanted[name] = (
+                str(getattr(chosen.settings, name.lower())),
+                "as `make up` would run it",
+            )
+    added = {name: pair for name, pair in wanted.items() if name not in there}
+    lines = [f"# {why}\n{name}={value}\n" for name, (value, why) in added.items()]
+    if text and not text.endswith("\n"):
+        text += "\n"
+    path.write_text(text + "".join(lines), encoding="utf-8")
+    print(f"wrote {', '.join(added) or 'nothing new'} to {path.name}; what was there stays")
+    return 0
+
+
 def _shape(chosen: Plan) -> tuple[fit.Shape, int]:
     """Return the model's shape and bytes of weights: the one on the volume, or the preset's."""
     preset = presets.of(chosen.settings.model_id)
     if not preset:
-        known = json.loads(_runtime(chosen).job("models", "--config"))
+        known = json.loads(doctor.runtime_of(chosen).job("models", "--config"))
         return fit.Shape.parse(known["config"]), known["weights"]
     return fit.Shape.parse(preset.config), preset.weights
 
@@ -199,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-PREPARING = {"up": up, "build": build, "download": download, "pin": pin}
+PREPARING = {"up": up, "build": build, "download": download, "pin": pin, "configure": configure}
 RUNNING = {
     "down": lambda runtime: runtime.stop(),
     "status": lambda runtime: runtime.status(),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import errors, plan, variants
+from scripts import errors, plan, stack, variants
 from scripts.variants import Variant
 
 
@@ -106,6 +106,18 @@ def test_cuda_given_by_the_user_wins(host) -> None:
 
 def test_variant_of_env_wins_over_the_driver(host) -> None:
     assert host("580.1", env="VARIANT=cu121\n").variant.name == "cu121"
+
+
+def test_configure_adds_what_was_chosen_and_changes_no_line(host, tmp_path: Path) -> None:
+    own = "# mine\nPORT=9000\nMODEL_ID=a/b"
+    assert stack.configure(host("535.104", env=own)) == 0
+    text = (tmp_path / ".env").read_text()
+    assert text.startswith(own + "\n") and text.count("PORT=") == 1
+    for line in ("VARIANT=cu121", "SERVED_MODEL_NAME=glm-4-9b-chat", "# variant cu121: the newest"):
+        assert line in text
+    # Once more, and nothing is added.
+    stack.configure(host("535.104", env=text))
+    assert (tmp_path / ".env").read_text() == text
 
 
 def test_an_unknown_runtime_is_refused() -> None:

@@ -14,8 +14,10 @@ LAYERS = [
     {"errors"},
     {"presets"},
     {"settings", "variants", "snapshot", "index", "pins", "progress", "follow"},
-    {"gpu", "plan", "sources"},
+    {"gpu", "sources"},
+    {"plan"},
     {"compose", "host", "fetch", "fit"},
+    {"doctor"},
 ]
 LIBRARIES = set().union(*LAYERS)
 # Modules that run in an image: no python-on-whales there, and no torch or vllm to wait for.
