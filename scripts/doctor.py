@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from scripts import errors, gpu, pins, plan, presets, sources, variants
-from scripts.compose import ComposeRuntime
+from scripts.compose import BASE, LOCAL_BASE, ComposeRuntime
 from scripts.host import HostRuntime, state_folder
 from scripts.plan import Plan
 
@@ -195,6 +195,27 @@ def _container_gpu(chosen: Plan) -> list[Check]:
     ]
 
 
+def _registry(chosen: Plan) -> list[Check]:
+    """Ask the registry of the base image for any answer, where the image is not here yet."""
+    if chosen.runtime != "docker":
+        return []
+    named = chosen.environ.get("BASE_IMAGE") or BASE
+    if any(_output(["docker", "image", "inspect", image]) for image in (named, LOCAL_BASE)):
+        return [Check("container registry", OK, "not needed: a base image is here")]
+    # docs.docker.com/reference/cli/docker/image/tag: a first part with a dot or port is a host.
+    host = named.split("/")[0] if "/" in named else ""
+    host = host if "." in host or ":" in host else "registry-1.docker.io"
+    seconds, reason, _ = _ask(f"https://{host}/v2/")
+    if not reason:
+        return [Check("container registry", OK, f"{host} answers in {seconds:.1f} s")]
+    action = (
+        "set BASE_IMAGE in .env to a copy on a registry that you reach, or `make engine` on a"
+        " Debian host, which makes one from Debian's own packages"
+    )
+    found = f"{host} does not answer: {reason}"
+    return [Check("container registry", WARNING, found, "to build the images", action)]
+
+
 def _memory(chosen: Plan) -> list[Check]:
     memory = psutil.virtual_memory()
     limit = _cgroup_limit() or memory.total
@@ -305,7 +326,7 @@ def _models(chosen: Plan) -> list[Check]:
     return [Check("model", OK, f"{settings.model_id} is complete and verified")]
 
 
-FURTHER = (_driver, _tools, _container_gpu, _memory, _room, _hubs, _models)
+FURTHER = (_driver, _tools, _container_gpu, _registry, _memory, _room, _hubs, _models)
 
 
 def examine(chosen: Plan) -> list[Check]:

@@ -278,7 +278,7 @@ class HostRuntime:
             )
 
     def _started_with(self) -> str:
-        names = [field.name.upper() for field in fields(Settings)]
+        names = ["MODEL", *(field.name.upper() for field in fields(Settings))]
         environ = {name: self.plan.environ[name] for name in names if name in self.plan.environ}
         content = {"environ": environ, "venv": str(self._venv(self.plan.variant.name))}
         return json.dumps(content, sort_keys=True)

@@ -58,6 +58,20 @@ def test_a_cpu_does_not_compile_and_knows_no_share_of_a_card() -> None:
     assert "--enforce-eager" not in gpu and "--gpu-memory-utilization" in gpu
 
 
+def test_starts_without_an_answer_are_counted_and_an_answer_ends_the_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    for pid in (11, 12, 13):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        counts.append(serve._failed_starts(tmp_path))
+    assert counts == [0, 1, 2]
+    # health.py notes the process that answered.
+    (tmp_path / "answered").write_text("13")
+    monkeypatch.setattr("os.getpid", lambda: 14)
+    assert serve._failed_starts(tmp_path) == 0
+
+
 def test_secrets_are_masked_when_printed() -> None:
     shown = serve.masked(
         ["vllm", "--hf-token", "hf_1", "--x-key=k2", "--ssl_password", "p3", "--max-num-seqs", "4"]
