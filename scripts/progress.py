@@ -76,7 +76,9 @@ class Progress:
     def _draw(self, phase: str, total: int, done: Done, stop: threading.Event) -> None:
         from tqdm import tqdm
 
-        with tqdm(total=total, initial=done(), unit="B", unit_scale=True, desc=phase) as self._bar:
+        # The SDK's own bars are off by a variable that would turn this one off as well.
+        shown = {"unit": "B", "unit_scale": True, "desc": phase, "disable": False}
+        with tqdm(total=total, initial=done(), **shown) as self._bar:
             while not stop.wait(0.5):
                 self._bar.update(done() - self._bar.n)
             self._bar.update(done() - self._bar.n)

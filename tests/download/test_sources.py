@@ -188,6 +188,13 @@ def test_json_lines_tell_progress_files_and_the_end(job: Job, hub: Hub) -> None:
     assert events[-1]["event"] == "complete" and events[-1]["model_id"] == MODEL_ID
 
 
+def test_a_terminal_gets_a_live_bar(job: Job, hub: Hub) -> None:
+    hub.fail(quick(kind="slow", rate=15 * MB))
+    command = ["script", "-qec", f"stty cols 100; {job.python} -m scripts.download", "/dev/null"]
+    done = run(*command, timeout=60, **job.settings()).check()
+    done.says("fetching:", "B/s", "complete and verified")
+
+
 def test_json_lines_tell_an_error(job: Job, hub: Hub) -> None:
     done = job.run(PROGRESS="json", MODEL_ID="tests/none").check(5)
     lines = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
