@@ -190,7 +190,12 @@ def test_json_lines_tell_progress_files_and_the_end(job: Job, hub: Hub) -> None:
 
 def test_a_terminal_gets_a_live_bar(job: Job, hub: Hub) -> None:
     hub.fail(quick(kind="slow", rate=15 * MB))
-    command = ["script", "-qec", f"stty cols 100; {job.python} -m scripts.download", "/dev/null"]
+    command = [
+        "script",
+        "-qec",
+        f"stty cols 100 rows 40; {job.python} -m scripts.download",
+        "/dev/null",
+    ]
     done = run(*command, timeout=60, **job.settings()).check()
     done.says("fetching:", "B/s", "complete and verified")
 
