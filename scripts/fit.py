@@ -101,6 +101,14 @@ class Shape:
             latent=latent + (config.get("qk_rope_head_dim") or 0) if latent else 0,
         )
 
+    def in_fp8(self, weights: int) -> int:
+        """Return what is left of 16-bit weights, in bytes, when vLLM makes 8 bits of them.
+
+        The embeddings at both ends stay as they are.
+        """
+        ends = min(2 * self.vocabulary * self.hidden * 2, weights)
+        return (weights - ends) // 2 + ends
+
     def token_bytes(self, number: int, gpus: int) -> int:
         """Return the bytes of one token's cache on one GPU, for numbers of `number` bytes."""
         if self.latent:
@@ -246,6 +254,9 @@ def resolve(
             tensor_parallel_size=settings.tensor_parallel_size or 1,
         )
         return chosen, [f"context {chosen.max_model_len} tokens, {chosen.dtype}"]
+    files = weights
+    if settings.quantization == "fp8":
+        weights = shape.in_fp8(files)
     best = _best(settings, known, shape, weights, variant, step)
     lines = best.lines()
     if not best.context:
@@ -259,6 +270,11 @@ def resolve(
             f"MAX_MODEL_LEN={context} is more than fits by this sum; MAX_MODEL_LEN=auto would be"
             f" {best.context}"
         )
+    if best.context < shape.longest and not settings.quantization and not context:
+        more = dataclasses.replace(settings, quantization="fp8")
+        other = _best(more, known, shape, shape.in_fp8(files), variant, step)
+        if other.context > best.context:
+            lines.append(f"QUANTIZATION=fp8 would make it {other.context} tokens")
     chosen = dataclasses.replace(
         settings,
         dtype=dtype(settings, shape, known),

@@ -71,6 +71,8 @@ def arguments(settings: Settings, where: Path) -> list[str]:
         result += ["--enforce-eager"]
     else:
         result += ["--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
+    if settings.quantization:
+        result += ["--quantization", settings.quantization]
     if settings.chat_template:
         result += ["--chat-template", settings.chat_template]
     if settings.trust_remote_code:

@@ -31,6 +31,8 @@ _OWNED = {
     "--gpu-memory-utilization": "GPU_MEMORY_UTILIZATION",
     "--tensor-parallel-size": "TENSOR_PARALLEL_SIZE",
     "-tp": "TENSOR_PARALLEL_SIZE",
+    "--quantization": "QUANTIZATION",
+    "-q": "QUANTIZATION",
     "--chat-template": "CHAT_TEMPLATE",
     "--trust-remote-code": "TRUST_REMOTE_CODE",
     "--host": "HOST",
@@ -158,6 +160,7 @@ class Settings:
     dtype: str
     gpu_memory_utilization: float
     tensor_parallel_size: int
+    quantization: str
     chat_template: str
     trust_remote_code: bool
     host: str
@@ -231,6 +234,9 @@ class Settings:
             dtype=read("DTYPE", "auto", _choice(*DTYPES)),
             gpu_memory_utilization=read("GPU_MEMORY_UTILIZATION", "auto", _auto(_fraction)),
             tensor_parallel_size=read("TENSOR_PARALLEL_SIZE", "auto", _auto(_integer(1, 64))),
+            quantization=read(
+                "QUANTIZATION", "", _matching(r"[a-z0-9_-]*", "a method of vLLM, such as fp8")
+            ),
             chat_template=environ.get("CHAT_TEMPLATE", "").strip(),
             # The tokenizer of some presets is remote code; nobody else's runs unasked.
             trust_remote_code=read(

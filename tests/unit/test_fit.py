@@ -64,6 +64,15 @@ def test_24_gb_hold_what_was_published() -> None:
     assert fit.compute(SHAPE, WEIGHTS, RTX4090, variant("cu130")).context > 15 * 2048
 
 
+def test_fp8_halves_all_but_the_embeddings_and_is_offered_where_it_helps() -> None:
+    ends = 2 * 151552 * 4096 * 2
+    assert SHAPE.in_fp8(WEIGHTS) == (WEIGHTS - ends) // 2 + ends
+    _, lines = resolve(card(RTX4090, capability=(8, 9)), VARIANT="cu130")
+    assert "QUANTIZATION=fp8 would make it 131072 tokens" in lines
+    found, lines = resolve(card(RTX4090, capability=(8, 9)), VARIANT="cu130", QUANTIZATION="fp8")
+    assert found.max_model_len == 131072 and not any("would make" in line for line in lines)
+
+
 def test_a_tokens_cache_has_40_kib() -> None:
     assert SHAPE.token_bytes(2, 1) == 40 * 1024
     assert SHAPE.token_bytes(1, 1) == 20 * 1024

@@ -52,6 +52,11 @@ def test_other_arguments_come_last_and_split_like_a_shell() -> None:
     assert command(VLLM_ARGS="--seed 7 --x 'a b'")[-4:] == ["--seed", "7", "--x", "a b"]
 
 
+def test_a_quantization_is_passed_on() -> None:
+    assert "--quantization" not in command()
+    assert "--quantization fp8" in " ".join(command(QUANTIZATION="fp8"))
+
+
 def test_a_cpu_does_not_compile_and_knows_no_share_of_a_card() -> None:
     cpu, gpu = command(VARIANT="cpu"), command(VARIANT="cu121")
     assert "--enforce-eager" in cpu and "--gpu-memory-utilization" not in cpu
