@@ -310,6 +310,7 @@ def _best(
                 variant,
                 gpus=count,
                 share=share,
+                context=min(wanted, shape.longest),
                 kv_bytes=_kv_bytes(settings),
             )
             best = fit if best is None or fit.context > best.context else best

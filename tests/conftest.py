@@ -30,6 +30,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and its driver"))
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mount file systems of so many MB, and take them down again."""
+    mounted: list[Path] = []
+
+    def mount(megabytes: int) -> Path:
+        where = tmp_path / f"disk{len(mounted)}"
+        where.mkdir()
+        options = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(where)]
+        if run(*options).returncode:
+            pytest.skip("needs root, to mount a small file system")
+        mounted.append(where)
+        return where
+
+    yield mount
+    for where in mounted:
+        run("umount", str(where)).check()
+
+
 @pytest.fixture(scope="session")
 def host_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A host runtime from nothing, by `make up RUNTIME=host`."""

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -305,46 +304,31 @@ def test_the_second_of_two_waits_and_finds_the_work_done(
     row("two at once", "the second waits; both good", hub.sent())
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 60 MB."""
-    where = tmp_path / "small"
-    where.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", where]).returncode:
-        pytest.skip("needs root, to mount a small file system")
-    yield where
-    subprocess.run(["umount", where], check=True)
-
-
-def test_too_little_room(job: Job, hub: Hub, row, small_disk: Path) -> None:
-    job.models = small_disk / "models"
+def test_too_little_room(job: Job, hub: Hub, row, small_disk) -> None:
+    job.models = small_disk(60) / "models"
     refused(job, job.run(), 7, "GB free", "make room", "make models")
     assert hub.sent() == 0
     row("too little room", "code 7 before the first byte", hub.sent())
 
 
-def test_a_disk_that_fills_up_meanwhile(job: Job, hub: Hub, row, tmp_path: Path) -> None:
-    where = tmp_path / "filling"
-    where.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", where]).returncode:
-        pytest.skip("needs root, to mount a small file system")
-    try:
-        job.models = where / "models"
-        hub.fail(quick(kind="slow", rate=10 * MB))
-        process = job.start(tmp_path / "log")
-        wait_for(lambda: hub.sent() > 10 * MB, 60, "10 MB", (tmp_path / "log").read_text)
-        filler = where / "filler"
-        with filler.open("wb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, 170 * MB)
-        assert process.wait(timeout=30) == 7, (tmp_path / "log").read_text()
-        assert "is full" in (tmp_path / "log").read_text()
-        assert not job.gate()
-        filler.unlink()
-        hub.fail()
-        good(job, job.run())
-        row("the disk fills up meanwhile", "code 7; good after room is made", hub.sent())
-    finally:
-        subprocess.run(["umount", where], check=True)
+def test_a_disk_that_fills_up_meanwhile(
+    job: Job, hub: Hub, row, tmp_path: Path, small_disk
+) -> None:
+    disk = small_disk(200)
+    job.models = disk / "models"
+    hub.fail(quick(kind="slow", rate=10 * MB))
+    process = job.start(tmp_path / "log")
+    wait_for(lambda: hub.sent() > 10 * MB, 60, "10 MB", (tmp_path / "log").read_text)
+    filler = disk / "filler"
+    with filler.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, 170 * MB)
+    assert process.wait(timeout=30) == 7, (tmp_path / "log").read_text()
+    assert "is full" in (tmp_path / "log").read_text()
+    assert not job.gate()
+    filler.unlink()
+    hub.fail()
+    good(job, job.run())
+    row("the disk fills up meanwhile", "code 7; good after room is made", hub.sent())
 
 
 def test_a_read_only_volume(job: Job, hub: Hub, row) -> None:

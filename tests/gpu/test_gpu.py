@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import re
 import statistics
 import subprocess
 import time
@@ -124,6 +125,30 @@ def test_a_share_that_is_not_free_is_refused_before_vllm_starts(
     for text in ("GiB free", "GPU_MEMORY_UTILIZATION=0.9", "nvidia-smi"):
         assert text in log.read_text(), log.read_text()
     assert "vllm serve" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"GPU_MEMORY_UTILIZATION": "0.5"},
+        {"MAX_MODEL_LEN": "32768"},
+        {"VLLM_ARGS": "--load-format dummy --kv-cache-dtype fp8"},
+        {"QUANTIZATION": "fp8"},
+        {"MAX_MODEL_LEN": "auto"},
+    ],
+    ids=["half", "long", "fp8-cache", "fp8-weights", "auto"],
+)
+def test_the_sum_agrees_with_vllms_own(subject: Subject, tmp_path: Path, more: dict) -> None:
+    log = tmp_path / "log"
+    with subject.serve(log, DTYPE="bfloat16", **more) as started:
+        started.wait()
+    text = log.read_text(errors="replace")
+    predicted = int(re.search(r"fit: / \d+ bytes a token = (\d+) tokens", text)[1])
+    blocks = re.search(r"# GPU blocks: (\d+)", text)
+    tokens = re.search(r"GPU KV cache size: ([\d,]+) tokens", text)
+    own = int(blocks[1]) * 16 if blocks else int(tokens[1].replace(",", ""))
+    print(f"\n{subject.variant} {more}: predicted {predicted}, vLLM {own} ({predicted / own:.3f})")
+    assert 0.95 * own <= predicted <= own, "\n".join(re.findall("fit: .*", text))
 
 
 def test_triton_compiles_and_runs_a_kernel_in_the_image(subject: Subject) -> None:

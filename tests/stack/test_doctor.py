@@ -3,10 +3,8 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -121,19 +119,10 @@ def test_make_up_refuses_a_variant_that_cannot_work_in_the_doctors_words(
     doctor(host(driver, card), tmp_path, "--cuda", cuda).check(code).says("FAILURE", *texts)
 
 
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    where = tmp_path / "full"
-    where.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", where]).returncode:
-        pytest.skip("needs root, to mount a small file system")
-    yield where
-    subprocess.run(["umount", where], check=True)
-
-
 def test_a_taken_port_a_full_disk_and_a_dead_index_are_a_line_each(
-    tmp_path: Path, full_disk: Path
+    tmp_path: Path, small_disk
 ) -> None:
+    full_disk = small_disk(40)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -2,10 +2,8 @@
 
 import os
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,22 +48,11 @@ def test_a_taken_port(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 40 MB."""
-    where = tmp_path / "small"
-    where.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", where])
-    if mounted.returncode:
-        pytest.skip("needs root, to mount a small file system")
-    yield where
-    subprocess.run(["umount", where], check=True)
-
-
-def test_a_full_disk_before_the_build(tmp_path: Path, small_disk: Path) -> None:
-    done = up(tmp_path, STATE_DIR=str(small_disk / "state"))
+def test_a_full_disk_before_the_build(tmp_path: Path, small_disk) -> None:
+    disk = small_disk(40)
+    done = up(tmp_path, STATE_DIR=str(disk / "state"))
     refused(done, 7, "GB free", "4.4 GB", "make room")
-    assert not (small_disk / "state").exists()
+    assert not (disk / "state").exists()
 
 
 def test_a_missing_engine(tmp_path: Path) -> None:

@@ -143,6 +143,12 @@ def test_what_the_user_sets_stays() -> None:
     assert found.dtype == "float16"
 
 
+def test_the_sum_is_for_the_context_that_is_set() -> None:
+    _, lines = resolve(card(H100), MAX_MODEL_LEN="8192", GPU_MEMORY_UTILIZATION="0.9")
+    assert any("working memory for 8192 tokens" in line for line in lines)
+    assert any("= 134" in line and "tokens" in line for line in lines)
+
+
 def test_a_context_that_does_not_fit_is_warned_of() -> None:
     _, lines = resolve(card(RTX4090, capability=(8, 9)), MAX_MODEL_LEN="131072")
     assert any("MAX_MODEL_LEN=131072 is more than fits" in line for line in lines)
