@@ -40,8 +40,11 @@ _MARGIN = 300 << 20
 # A context that holds nobody's cache but one: what is left to error in this sum.
 _SAFETY = 0.98
 _CPU_CONTEXT = 8192
-# Each restart before a first answer takes a smaller share.
-_STEP_DOWN = 0.04
+# V0 makes ready for a whole prompt of the longest context at once. Nobody has tried our sum beyond
+# this; a longer one is for who sets it.
+_V0_MOST = 32768
+# What a start takes after others have failed: part of the context, and a smaller share of the card.
+_STEPS = ((1.0, 0.0), (0.5, 0.0), (0.25, 0.04))
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def _share(settings: Settings, gpus: list[Gpu], most: float, step: int) -> float
     if settings.gpu_memory_utilization:
         return settings.gpu_memory_utilization
     free = min((gpu.free - _MARGIN) / gpu.total for gpu in gpus)
-    return math.floor(min(most, free) * 100) / 100 - step * _STEP_DOWN
+    return math.floor(min(most, free) * 100) / 100 - _STEPS[step][1]
 
 
 def dtype(settings: Settings, shape: Shape, gpus: list[Gpu]) -> str:
@@ -236,7 +239,7 @@ def resolve(
 ) -> tuple[Settings, list[str]]:
     """Return the settings with a value for every `auto`, and the lines that explain them.
 
-    `step` counts the starts that have failed: each takes a smaller share.
+    `step` is how many starts have failed, at most 2: the next one takes less.
 
     Raises:
         GpuMemoryShort: not even a short context fits.
@@ -270,7 +273,7 @@ def resolve(
             f"MAX_MODEL_LEN={context} is more than fits by this sum; MAX_MODEL_LEN=auto would be"
             f" {best.context}"
         )
-    if best.context < shape.longest and not settings.quantization and not context:
+    if best.context < _most(shape, variant) and not settings.quantization and not context:
         more = dataclasses.replace(settings, quantization="fp8")
         other = _best(more, known, shape, shape.in_fp8(files), variant, step)
         if other.context > best.context:
@@ -278,7 +281,7 @@ def resolve(
     chosen = dataclasses.replace(
         settings,
         dtype=dtype(settings, shape, known),
-        max_model_len=context or best.context,
+        max_model_len=context or max(int(best.context * _STEPS[step][0]), min(best.context, 2048)),
         gpu_memory_utilization=best.share,
         tensor_parallel_size=best.gpus,
     )
@@ -287,6 +290,11 @@ def resolve(
         f" GPU_MEMORY_UTILIZATION={best.share:.2f}, TENSOR_PARALLEL_SIZE={best.gpus}"
     )
     return chosen, lines
+
+
+def _most(shape: Shape, variant: Variant) -> int:
+    """Return the longest context that `auto` takes."""
+    return min(shape.longest, _V0_MOST) if variant.engine == "V0" else shape.longest
 
 
 def _best(
@@ -310,7 +318,7 @@ def _best(
                 variant,
                 gpus=count,
                 share=share,
-                context=min(wanted, shape.longest),
+                context=min(wanted, shape.longest) or _most(shape, variant),
                 kv_bytes=_kv_bytes(settings),
             )
             best = fit if best is None or fit.context > best.context else best

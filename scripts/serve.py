@@ -162,10 +162,8 @@ def main() -> int:
     fitted, lines = fit.resolve(
         settings, gpus, fit.read(where), snapshot.load(where).weights, min(failed, 2)
     )
-    if failed and fitted.gpu_memory_utilization != settings.gpu_memory_utilization and gpus:
-        print(
-            f"serve: {failed} starts failed; a smaller share of the card: {lines[-1]}", flush=True
-        )
+    if failed and gpus:
+        print(f"serve: {failed} starts without an answer; {lines[-1]}", flush=True)
     command = arguments(fitted, where)
     print(f"serve: {masked(command)}", flush=True)
     program = Path(sys.executable).with_name(command[0])

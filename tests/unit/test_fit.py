@@ -196,10 +196,21 @@ def test_two_names_for_a_model_are_refused() -> None:
         Settings.from_environ({"MODEL": "gpt-5"})
 
 
-def test_a_failed_start_takes_a_smaller_share() -> None:
-    first, second = (resolve(card(RTX4090, capability=(8, 9)), step=step)[0] for step in (0, 1))
-    assert second.gpu_memory_utilization == pytest.approx(first.gpu_memory_utilization - 0.04)
-    assert second.max_model_len < first.max_model_len
+def test_failed_starts_take_a_shorter_context_and_then_a_smaller_share() -> None:
+    found = [resolve(card(RTX4090, capability=(8, 9)), step=step)[0] for step in (0, 1, 2)]
+    contexts = [settings.max_model_len for settings in found]
+    assert contexts[1] == contexts[0] // 2 and contexts[2] < contexts[1]
+    shares = [settings.gpu_memory_utilization for settings in found]
+    assert shares == [0.9, 0.9, pytest.approx(0.86)]
+    # What the user set is what is tried.
+    set_by_hand = resolve(card(H100), step=2, MAX_MODEL_LEN="4096", GPU_MEMORY_UTILIZATION="0.5")
+    assert set_by_hand[0].max_model_len == 4096
+    assert set_by_hand[0].gpu_memory_utilization == 0.5
+
+
+def test_the_old_engine_takes_no_longer_context_by_itself_than_was_thought_through() -> None:
+    assert resolve(card(H100))[0].max_model_len == 32768
+    assert resolve(card(H100), VARIANT="cu130")[0].max_model_len == 131072
 
 
 def test_a_cpu_and_a_part_of_a_card_that_tells_nothing_get_a_modest_context() -> None:
