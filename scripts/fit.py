@@ -79,7 +79,7 @@ class Shape:
             raise errors.SettingInvalid(
                 f"config.json of the model has none of {', '.join(names)}",
                 "a decoder model with the usual keys",
-                "set MAX_MODEL_LEN and TENSOR_PARALLEL_SIZE in .env yourself",
+                "set MAX_MODEL_LEN in .env (and TENSOR_PARALLEL_SIZE for more than one GPU)",
             )
 
         heads = first("num_attention_heads", "n_head", "n_heads")
@@ -232,6 +232,27 @@ def read(where: Path) -> Shape:
             "the config.json of a model",
             "check MODEL_ID",
         ) from error
+
+
+def of_folder(
+    settings: Settings, gpus: list[Gpu], where: Path, weights: int, step: int = 0
+) -> tuple[Settings, list[str]]:
+    """Return what `resolve` does for the model in a folder.
+
+    One whose config.json cannot be understood is served with what the user has set.
+    """
+    try:
+        shape = read(where)
+    except errors.SettingInvalid as error:
+        if not settings.max_model_len:
+            raise
+        set_by_hand = dataclasses.replace(
+            settings,
+            gpu_memory_utilization=settings.gpu_memory_utilization or _SHARE,
+            tensor_parallel_size=settings.tensor_parallel_size or 1,
+        )
+        return set_by_hand, [f"no sum: {error.found}"]
+    return resolve(settings, gpus, shape, weights, step)
 
 
 def resolve(

@@ -159,9 +159,8 @@ def main() -> int:
     where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
     failed = _failed_starts(settings.run)
     gpus = gpu.look()[1] if variants.load()[settings.variant].cuda else []
-    fitted, lines = fit.resolve(
-        settings, gpus, fit.read(where), snapshot.load(where).weights, min(failed, 2)
-    )
+    weights = snapshot.load(where).weights
+    fitted, lines = fit.of_folder(settings, gpus, where, weights, min(failed, 2))
     if failed and gpus:
         print(f"serve: {failed} starts without an answer; {lines[-1]}", flush=True)
     command = arguments(fitted, where)

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     gpus = gpu.require(settings)
     where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
     weights = snapshot.load(where).weights
-    fitted, lines = fit.resolve(settings, gpus, fit.read(where), weights)
+    fitted, lines = fit.of_folder(settings, gpus, where, weights)
     print("\n".join(f"fit: {line}" for line in lines), flush=True)
     gpu.require_memory(fitted, gpus[: fitted.tensor_parallel_size], weights)
     settings.run.mkdir(parents=True, exist_ok=True)

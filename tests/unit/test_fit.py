@@ -1,6 +1,7 @@
 """What fits on a card, against what vLLM itself said on one."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -116,6 +117,16 @@ def test_keys_of_transformers_and_latent_attention_are_read() -> None:
     assert latent.token_bytes(2, 1) == 40 * 576 * 2
     with pytest.raises(errors.SettingInvalid, match="num_hidden_layers"):
         Shape.parse({k: v for k, v in GLM4.items() if k != "num_layers"})
+
+
+def test_a_model_of_an_unknown_kind_is_served_with_what_is_set(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
+    with pytest.raises(errors.SettingInvalid, match="set MAX_MODEL_LEN"):
+        fit.of_folder(Settings.from_environ({}), [card(H100)], tmp_path, WEIGHTS)
+    settings = Settings.from_environ({"MAX_MODEL_LEN": "2048"})
+    found, lines = fit.of_folder(settings, [card(H100)], tmp_path, WEIGHTS)
+    assert (found.max_model_len, found.tensor_parallel_size) == (2048, 1)
+    assert lines[0].startswith("no sum: config.json")
 
 
 def resolve(*gpus: Gpu, weights: int = WEIGHTS, step: int = 0, **environ: str):
