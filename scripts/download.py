@@ -18,12 +18,11 @@ _GB = 1e9
 
 
 @contextlib.contextmanager
-def alone(models: Path, progress: Progress) -> Iterator[None]:
+def _alone(models: Path, progress: Progress) -> Iterator[None]:
     """Hold the volume's lock, after waiting for whoever has it."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    # On the volume itself: two containers share nothing else.
-    lock = FileLock(models / ".download.lock")
+    lock = snapshot.lock(models)
     said = False
     while True:
         try:
@@ -113,7 +112,7 @@ def _bring(settings: Settings, where: Path, refresh: bool, progress: Progress) -
     try:
         if not good:
             where.mkdir(parents=True, exist_ok=True)
-            with alone(settings.models, progress):
+            with _alone(settings.models, progress):
                 if not refresh:
                     good = _complete(settings, where, progress, hash_again=True)
                 if not good:

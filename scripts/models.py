@@ -66,7 +66,7 @@ def remove(models: Path, model_id: str) -> None:
         ModelNotFound: it is not there.
         StackError: a download works on the volume.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     known = {where.relative_to(models).as_posix(): where for where in _folders(models)}
     if model_id not in known:
@@ -76,8 +76,7 @@ def remove(models: Path, model_id: str) -> None:
             "see `make models`",
         )
     try:
-        # The one that download holds.
-        with FileLock(models / ".download.lock", timeout=0):
+        with snapshot.lock(models).acquire(timeout=0):
             size = _size(known[model_id])
             # First, so that what is left of an interrupted removal is no snapshot.
             snapshot.unmark(known[model_id])

@@ -260,6 +260,16 @@ def load(where: Path) -> Snapshot:
     return snapshot
 
 
+def lock(models: Path):
+    """Return the lock of a models root, a FileLock: who changes a model holds it.
+
+    It lies on the volume itself: two containers share nothing else.
+    """
+    from filelock import FileLock
+
+    return FileLock(models / ".download.lock")
+
+
 def pin(model_id: str) -> Path:
     """Return where a model's pinned manifest lies, if it has one."""
     return PINS / f"{model_id.replace('/', '--')}.manifest"
