@@ -58,12 +58,12 @@ class Check:
         return error
 
 
-def _tried(name: str, found: str, check: Callable[[], object], state: str = FAILURE) -> Check:
+def _tried(name: str, found: str, check: Callable[[], object]) -> Check:
     """Run a check that raises a StackError; return it as a line."""
     try:
         check()
     except errors.StackError as error:
-        return Check.of(name, error, state)
+        return Check.of(name, error)
     return Check(name, OK, found)
 
 

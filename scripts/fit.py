@@ -28,7 +28,7 @@ _GRAPHS, _GRAPHS_COUNTED_SINCE = 1 * _GIB, "0.21"
 # Bytes that the sampler takes for each sequence and word of the vocabulary.
 _SAMPLER = {"V0": 24, "V1": 8}
 # The V1 compiler's own working memory at a first start, as a factor on the activations.
-_COMPILER = {"V0": 1.0, "V1": 1.07}
+_COMPILER = 1.07
 # vLLM serves a context in blocks of so many tokens; ours is rounded down to larger steps.
 _BLOCK, _STEP = 16, 256
 # The share of the card that vLLM takes by default, and the most that was seen to start.
@@ -176,7 +176,7 @@ def compute(
         if variant.engine == "V0":
             working = layer + sampler
         else:
-            working = int(max(layer, sampler) * _COMPILER[variant.engine])
+            working = int(max(layer, sampler) * _COMPILER)
         counted = variants.number(variant.vllm) >= variants.number(_GRAPHS_COUNTED_SINCE)
         terms = [
             (f"{share:.2f} of the card's {card / _GIB:.2f} GiB", int(share * card)),
@@ -345,6 +345,12 @@ def _best(
             best = fit if best is None or fit.context > best.context else best
             if fit.context >= min(wanted or _DECENT, shape.longest):
                 return fit
+    if best is None:
+        raise errors.GpuUnsupported(
+            f"TENSOR_PARALLEL_SIZE={counts[0]}, {len(gpus)} GPU and {shape.heads} attention heads",
+            "a number of GPUs that are there, by which the heads can be divided",
+            "set TENSOR_PARALLEL_SIZE=auto in .env",
+        )
     return best
 
 

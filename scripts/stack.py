@@ -174,7 +174,7 @@ def configure(chosen: Plan) -> int:
 
 
 def _shape(chosen: Plan) -> tuple[fit.Shape, int]:
-    """Return the model's shape and bytes of weights: the one on the volume, or the preset's."""
+    """Return the model's shape and bytes of weights: the preset's, or what the volume has."""
     preset = presets.of(chosen.settings.model_id)
     if not preset:
         known = json.loads(doctor.runtime_of(chosen).job("models", "--config"))

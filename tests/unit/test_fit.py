@@ -207,6 +207,12 @@ def test_two_names_for_a_model_are_refused() -> None:
         Settings.from_environ({"MODEL": "gpt-5"})
 
 
+@pytest.mark.parametrize("count", ["2", "3"])
+def test_gpus_that_cannot_share_the_model_are_refused(count: str) -> None:
+    with pytest.raises(errors.GpuUnsupported, match=f"TENSOR_PARALLEL_SIZE={count}.*32 attention"):
+        resolve(card(H100), *[card(H100)] * (2 if count == "3" else 0), TENSOR_PARALLEL_SIZE=count)
+
+
 def test_failed_starts_take_a_shorter_context_and_then_a_smaller_share() -> None:
     found = [resolve(card(RTX4090, capability=(8, 9)), step=step)[0] for step in (0, 1, 2)]
     contexts = [settings.max_model_len for settings in found]

@@ -36,6 +36,9 @@ CONTAINER = {
 # Libraries that both sides import.
 SHARED = {
     "errors",
+    "presets",
+    "fetch",
+    "fit",
     "settings",
     "snapshot",
     "pins",
@@ -76,15 +79,7 @@ def test_imports_run_one_way(path: Path) -> None:
     assert own <= below | {"errors"} - {path.stem}, f"{path.stem} imports {own - below}"
     assert "tests" not in packages
     assert packages.isdisjoint(HEAVY), f"{path.stem} imports {packages & HEAVY} at its top"
-    if path.stem in CONTAINER | {
-        "errors",
-        "settings",
-        "snapshot",
-        "pins",
-        "gpu",
-        "variants",
-        "sources",
-    }:
+    if path.stem in CONTAINER | SHARED:
         assert "python_on_whales" not in packages
         assert own.isdisjoint({"plan", "compose", "host"})
 
