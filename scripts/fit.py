@@ -27,8 +27,11 @@ _LIBRARIES = {"V0": int(0.80 * _GIB), "V1": int(0.95 * _GIB)}
 _GRAPHS, _GRAPHS_COUNTED_SINCE = 1 * _GIB, "0.21"
 # Bytes that the sampler takes for each sequence and word of the vocabulary.
 _SAMPLER = {"V0": 24, "V1": 8}
-# The V1 compiler's own working memory at a first start, as a factor on the activations.
-_COMPILER = 1.07
+# What vLLM was seen to take beyond the largest tensors (in V1 the compiler's own memory at a first
+# start), as a factor on the activations.
+_BEYOND = {"V0": 1.08, "V1": 1.07}
+# Bytes of the kernels' own that numbers of 8 bits need, be they weights or cache.
+_FP8 = int(0.35 * _GIB)
 # vLLM serves a context in blocks of so many tokens; ours is rounded down to larger steps.
 _BLOCK, _STEP = 16, 256
 # The share of the card that vLLM takes by default, and the most that was seen to start.
@@ -40,9 +43,15 @@ _MARGIN = 300 << 20
 # A context that holds nobody's cache but one: what is left to error in this sum.
 _SAFETY = 0.98
 _CPU_CONTEXT = 8192
-# V0 makes ready for a whole prompt of the longest context at once. Nobody has tried our sum beyond
-# this; a longer one is for who sets it.
-_V0_MOST = 32768
+# V0 makes ready for a whole prompt of the longest context at once, unless it takes prompts in
+# pieces; it does so by itself for models without images, which it thinks GLM-4 is not. Its kernel
+# for pieces does not compile for cards before sm_80.
+_PIECE, _PIECES_SINCE = 2048, (8, 0)
+_IN_PIECES = ("--enable-chunked-prefill", "--max-num-batched-tokens", str(_PIECE))
+# Arguments of a user who decides that alone.
+_BATCHING = ("--enable-chunked-prefill", "--max-num-batched-tokens", "--num-scheduler-steps")
+# Without pieces, nobody has tried our sum beyond this; a longer context is for who sets it.
+_WHOLE_MOST = 32768
 # What a start takes after others have failed: part of the context, and a smaller share of the card.
 _STEPS = ((1.0, 0.0), (0.5, 0.0), (0.25, 0.04))
 
@@ -140,14 +149,13 @@ class Fit:
         return rows
 
 
-def _batch(variant: Variant, card: int, context: int) -> tuple[int, int]:
+def _batch(variant: Variant, card: int, context: int, pieces: bool) -> tuple[int, int]:
     """Return the tokens and sequences of the largest batch that vLLM makes ready for.
 
     https://github.com/vllm-project/vllm, config.py of 0.6.3 and engine/arg_utils.py of V1.
     """
     if variant.engine == "V0":
-        # A whole prompt at once. Models without images it takes in pieces beyond 32 K, in less.
-        return max(context, 5120), 256
+        return _PIECE if pieces else max(context, 5120), 256
     return (8192, 1024) if card >= 70 * _GIB else (2048, 256)
 
 
@@ -161,22 +169,26 @@ def compute(
     share: float = _SHARE,
     context: int = 0,
     kv_bytes: int = 2,
+    pieces: bool = False,
+    fp8: bool = False,
 ) -> Fit:
     """Return what fits on each of `gpus` cards of `card` bytes, at most `context` (0: any) tokens.
 
-    `weights` are the bytes of the model's files; `share` is vLLM's gpu_memory_utilization.
+    `weights` are the bytes of the model's files; `share` is vLLM's gpu_memory_utilization;
+    `pieces` tells that V0 takes prompts in pieces, `fp8` that vLLM makes the weights 8 bits.
     """
     token = shape.token_bytes(kv_bytes, gpus)
     limit = context or shape.longest
 
     def at(length: int) -> Fit:
-        batch, sequences = _batch(variant, card, length)
+        batch, sequences = _batch(variant, card, length, pieces)
         layer = batch * (3 * shape.feed_forward // gpus + 2 * shape.hidden) * 2
         sampler = sequences * shape.vocabulary * _SAMPLER[variant.engine]
+        beyond = _BEYOND[variant.engine]
         if variant.engine == "V0":
-            working = layer + sampler
+            working = int(layer * beyond) + sampler
         else:
-            working = int(max(layer, sampler) * _COMPILER)
+            working = int(max(layer, sampler) * beyond)
         counted = variants.number(variant.vllm) >= variants.number(_GRAPHS_COUNTED_SINCE)
         terms = [
             (f"{share:.2f} of the card's {card / _GIB:.2f} GiB", int(share * card)),
@@ -186,6 +198,8 @@ def compute(
         ]
         if counted:
             terms.append(("- CUDA graphs", -_GRAPHS))
+        if kv_bytes == 1 or fp8:
+            terms.append(("- kernels of 8 bits", -_FP8))
         tokens = max(sum(size for _, size in terms), 0) // token // _BLOCK * _BLOCK
         fits = int(tokens * _SAFETY)
         fits = min(length, fits if fits >= length else fits // _STEP * _STEP)
@@ -278,6 +292,7 @@ def resolve(
             tensor_parallel_size=settings.tensor_parallel_size or 1,
         )
         return chosen, [f"context {chosen.max_model_len} tokens, {chosen.dtype}"]
+    pieces = _pieces(settings, known, variant)
     files = weights
     if settings.quantization == "fp8":
         weights = shape.in_fp8(files)
@@ -294,7 +309,7 @@ def resolve(
             f"MAX_MODEL_LEN={context} is more than fits by this sum; MAX_MODEL_LEN=auto would be"
             f" {best.context}"
         )
-    if best.context < _most(shape, variant) and not settings.quantization and not context:
+    if best.context < _most(shape, variant, pieces) and not settings.quantization and not context:
         more = dataclasses.replace(settings, quantization="fp8")
         other = _best(more, known, shape, shape.in_fp8(files), variant, step)
         if other.context > best.context:
@@ -305,6 +320,7 @@ def resolve(
         max_model_len=context or max(int(best.context * _STEPS[step][0]), min(best.context, 2048)),
         gpu_memory_utilization=best.share,
         tensor_parallel_size=best.gpus,
+        vllm_args=(*(_IN_PIECES if pieces else ()), *settings.vllm_args),
     )
     lines.append(
         f"so: {chosen.dtype}, MAX_MODEL_LEN={chosen.max_model_len},"
@@ -313,9 +329,17 @@ def resolve(
     return chosen, lines
 
 
-def _most(shape: Shape, variant: Variant) -> int:
+def _pieces(settings: Settings, gpus: list[Gpu], variant: Variant) -> bool:
+    """Tell whether vLLM is asked to take prompts in pieces, which V1 does by itself."""
+    words = " ".join(settings.vllm_args).replace("_", "-")
+    capable = all(gpu.capability >= _PIECES_SINCE for gpu in gpus)
+    return variant.engine == "V0" and capable and not any(flag in words for flag in _BATCHING)
+
+
+def _most(shape: Shape, variant: Variant, pieces: bool) -> int:
     """Return the longest context that `auto` takes."""
-    return min(shape.longest, _V0_MOST) if variant.engine == "V0" else shape.longest
+    whole = variant.engine == "V0" and not pieces
+    return min(shape.longest, _WHOLE_MOST) if whole else shape.longest
 
 
 def _best(
@@ -323,6 +347,7 @@ def _best(
 ) -> Fit:
     """Return the first of more cards and larger shares that gives a decent context, or the last."""
     wanted = settings.max_model_len
+    pieces = _pieces(settings, gpus, variant)
     counts = [settings.tensor_parallel_size] if settings.tensor_parallel_size else [1, 2, 4, 8]
     best = None
     for count in counts:
@@ -339,8 +364,10 @@ def _best(
                 variant,
                 gpus=count,
                 share=share,
-                context=min(wanted, shape.longest) or _most(shape, variant),
+                context=min(wanted, shape.longest) or _most(shape, variant, pieces),
                 kv_bytes=_kv_bytes(settings),
+                pieces=pieces,
+                fp8=settings.quantization == "fp8",
             )
             best = fit if best is None or fit.context > best.context else best
             if fit.context >= min(wanted or _DECENT, shape.longest):

@@ -127,6 +127,12 @@ def test_a_share_that_is_not_free_is_refused_before_vllm_starts(
     assert "vllm serve" not in log.read_text()
 
 
+@pytest.fixture(scope="module")
+def answers() -> dict:
+    """What the server of some case below said."""
+    return {}
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -135,20 +141,56 @@ def test_a_share_that_is_not_free_is_refused_before_vllm_starts(
         {"VLLM_ARGS": "--load-format dummy --kv-cache-dtype fp8"},
         {"QUANTIZATION": "fp8"},
         {"MAX_MODEL_LEN": "auto"},
+        # As much as 0.9 of a card of 24 GB.
+        {"MAX_MODEL_LEN": "auto", "GPU_MEMORY_UTILIZATION": "0.27"},
+        {
+            "MAX_MODEL_LEN": "32768",
+            "VLLM_ARGS": "--load-format dummy --enable-chunked-prefill=False",
+        },
     ],
-    ids=["half", "long", "fp8-cache", "fp8-weights", "auto"],
+    ids=["half", "long", "fp8-cache", "fp8-weights", "auto", "as-24-gb", "whole"],
 )
-def test_the_sum_agrees_with_vllms_own(subject: Subject, tmp_path: Path, more: dict) -> None:
+def test_the_sum_agrees_with_vllms_own(
+    subject: Subject, tmp_path: Path, answers: dict, more: dict, request: pytest.FixtureRequest
+) -> None:
+    case = request.node.callspec.id
+    if case == "whole" and subject.variant != "cu121":
+        pytest.skip("only V0 takes a prompt as a whole")
     log = tmp_path / "log"
     with subject.serve(log, DTYPE="bfloat16", **more) as started:
         started.wait()
+        print(f"\n{subject.variant} {case}: ready after {started.seconds:.1f} s")
+        card = requests.get(f"{started.url}/v1/models", timeout=10).json()["data"][0]
+        if case in ("long", "whole"):
+            prompt = [number * 7919 % 256 for number in range(6000)]
+            body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 5}
+            answers[case] = post(started, "/v1/completions", **body).json()["choices"][0]
+        if "auto" in more.values():
+            prompt = [number * 7919 % 256 for number in range(card["max_model_len"] - 8)]
+            began = time.monotonic()
+            body = {"prompt": prompt, "max_tokens": 8, "ignore_eos": True}
+            usage = post(started, "/v1/completions", **body).json()["usage"]
+            assert usage["total_tokens"] == card["max_model_len"]
+            print(f"\na prompt of {len(prompt)} tokens: {time.monotonic() - began:.1f} s")
     text = log.read_text(errors="replace")
     predicted = int(re.search(r"fit: / \d+ bytes a token = (\d+) tokens", text)[1])
     blocks = re.search(r"# GPU blocks: (\d+)", text)
     tokens = re.search(r"GPU KV cache size: ([\d,]+) tokens", text)
     own = int(blocks[1]) * 16 if blocks else int(tokens[1].replace(",", ""))
-    print(f"\n{subject.variant} {more}: predicted {predicted}, vLLM {own} ({predicted / own:.3f})")
+    print(
+        f"\n{subject.variant} {case}: predicted {predicted}, vLLM {own} ({predicted / own:.3f}),"
+        f" context {card['max_model_len']}"
+    )
     assert 0.95 * own <= predicted <= own, "\n".join(re.findall("fit: .*", text))
+
+
+def test_a_prompt_in_pieces_is_answered_as_a_whole_one(answers: dict) -> None:
+    if len(answers) < 2:
+        pytest.skip("needs both forms, so cu121")
+    [pieces, whole] = (answers[case]["logprobs"] for case in ("long", "whole"))
+    print(f"\nlogprobs in pieces {pieces['top_logprobs']}, as a whole {whole['top_logprobs']}")
+    assert pieces["tokens"] == whole["tokens"]
+    assert pieces["token_logprobs"] == pytest.approx(whole["token_logprobs"], abs=0.05)
 
 
 def test_triton_compiles_and_runs_a_kernel_in_the_image(subject: Subject) -> None:
