@@ -7,7 +7,7 @@ CHOICE := $(if $(CUDA),--cuda $(CUDA)) $(if $(RUNTIME),--runtime $(RUNTIME))
 URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status logs build download models pin fit doctor configure smoke test test-gpu lint lock engine
+.PHONY: help up down restart status logs key keys tls build download models pin fit doctor configure smoke test test-gpu lint lock engine
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,18 @@ logs: .venv/host ## Follow the logs
 
 build: .venv/host ## Build the images: make build [CUDA=118|121|130|cpu|all]
 	@$(STACK) build $(CHOICE)
+
+restart: .venv/host ## Restart the replicas one by one; with two or more no request fails
+	@$(STACK) restart $(CHOICE)
+
+key: .venv/host ## Make a key for a client: make key NAME=alice [REVOKE=1]; make keys lists them
+	@$(STACK) key $(if $(REVOKE),revoke,add) "$(NAME)" $(CHOICE)
+
+keys: .venv/host
+	@$(STACK) key list $(CHOICE)
+
+tls: .venv/host ## Make a self-signed certificate for the endpoint
+	@$(STACK) tls $(CHOICE)
 
 download: .venv/host ## Bring the model
 	@$(STACK) download $(CHOICE)

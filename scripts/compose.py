@@ -9,7 +9,7 @@ from python_on_whales import Container, DockerClient
 from python_on_whales.components.system.models import SystemInfo
 from python_on_whales.exceptions import DockerException
 
-from scripts import errors, pins, plan
+from scripts import errors, keys, pins, plan
 from scripts.plan import ROOT, Plan
 
 # The base image of every variant, and what `make engine` makes where no registry answers.
@@ -90,14 +90,14 @@ class ComposeRuntime:
 
     def _images(self) -> list[str]:
         services = self.docker.compose.config().services
-        return [services[name].image for name in ("download", "serve")]
+        return [services[name].image for name in ("download", "serve", "gateway")]
 
     def is_built(self) -> bool:
         """Whether the images are there."""
         return all(self.docker.image.exists(image) for image in self._images())
 
-    def _serving(self) -> Container | None:
-        found = self.docker.compose.ps(services=["serve"], all=True)
+    def _serving(self, service: str = "gateway") -> Container | None:
+        found = self.docker.compose.ps(services=[service], all=True)
         running = [container for container in found if container.state.status == "running"]
         return running[0] if running else None
 
@@ -140,7 +140,7 @@ class ComposeRuntime:
         git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
         revision = subprocess.run(git, capture_output=True, text=True, timeout=30).stdout.strip()
         os.environ["REVISION"] = os.environ.get("REVISION") or revision or "unknown"
-        if self._run("build", "download", "serve"):
+        if self._run("build", "download", "serve", "gateway"):
             # The commonest cause, said last and by name: the build's own log is long.
             lock = self.plan.variant.lock.read_text(encoding="utf-8")
             wheels = ROOT / (os.environ.get("WHEELS") or "docker/wheels")
@@ -189,25 +189,30 @@ class ComposeRuntime:
 
     def start(self) -> None:
         """Create and start the services; those that run unchanged stay as they are."""
-        if self._run("up", "--detach", "serve"):
+        more = ["metrics"] if self.plan.environ.get("METRICS_BIND") else []
+        if self._run("--profile", "metrics", "up", "--detach", "gateway", *more):
             raise errors.ServeFailed(
                 "`docker compose up` ended with an error", "a started server", "see above"
             )
 
     def state(self) -> tuple[str, str]:
         """Return (ready, starting or ended; what is known about it)."""
-        found = self.docker.compose.ps(services=["serve"], all=True)
-        if not found:
-            return "ended", "there is no container"
-        state = found[0].state
-        if state.status in ("exited", "dead"):
-            return "ended", f"the container ended with code {state.exit_code}"
-        health = state.health.status if state.health else "unknown"
-        return ("ready" if health == "healthy" else "starting"), f"{state.status}, {health}"
+        told = []
+        for service in ("serve", "gateway"):
+            found = self.docker.compose.ps(services=[service], all=True)
+            if not found:
+                return "ended", f"there is no container of {service}"
+            state = found[0].state
+            if state.status in ("exited", "dead"):
+                return "ended", f"the container of {service} ended with code {state.exit_code}"
+            told.append(state.health.status if state.health else "unknown")
+        ready = all(health == "healthy" for health in told)
+        return ("ready" if ready else "starting"), f"server {told[0]}, gateway {told[1]}"
 
     def tail(self, lines: int) -> str:
-        """Return the last lines of the server's log."""
-        return self.docker.compose.logs(services=["serve"], tail=str(lines), no_log_prefix=True)
+        """Return the last lines of the server's log, and of the gateway's if it has ended."""
+        services = ["serve"] if self._serving() else ["serve", "gateway"]
+        return self.docker.compose.logs(services=services, tail=str(lines), no_log_prefix=True)
 
     def url(self) -> str:
         """Return the endpoint's base URL, from the port that the engine publishes."""
@@ -215,11 +220,33 @@ class ComposeRuntime:
         ports = (container.network_settings.ports or {}).get("8000/tcp") if container else None
         if not ports:
             return self.plan.endpoint
-        return f"http://{ports[0]['HostIp']}:{ports[0]['HostPort']}".replace("0.0.0.0", "127.0.0.1")
+        host = ports[0]["HostIp"].replace("0.0.0.0", "127.0.0.1")
+        return f"{self.plan.scheme}://{host}:{ports[0]['HostPort']}"
+
+    def restart(self) -> int:
+        """Restart the replicas one by one, and return the code of that."""
+        return self._run("exec", "--no-TTY", "serve", "python", "-m", "scripts.restart")
+
+    def key(self, *arguments: str) -> int:
+        """Run scripts/key.py where the gateway's keys are, and return its code."""
+        if not self.docker.image.exists(self._images()[2]):
+            self.build()
+        return self._run("run", "--rm", "--no-deps", "--no-TTY", "key", *arguments)
+
+    def require_keys(self) -> None:
+        """Raise when others reach the endpoint and there is no key: before anything is fetched."""
+        if not self.plan.settings.open_to_others:
+            return
+        run = ["run", "--rm", "--no-deps", "--no-TTY", "key", "list"]
+        command = [*self.docker.client_config.docker_compose_cmd, *run]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120)
+        if done.returncode:
+            raise _ended("key", done.returncode)
+        keys.require(self.plan.settings, bool(done.stdout.strip()))
 
     def logs_hint(self) -> str:
         """Return the command that shows the logs."""
-        return "make logs   (docker compose logs -f serve)"
+        return "make logs   (docker compose logs -f serve gateway)"
 
     def logs(self) -> int:
         """Follow the logs until Ctrl-C."""

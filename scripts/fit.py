@@ -248,6 +248,14 @@ def read(where: Path) -> Shape:
         ) from error
 
 
+def vocabulary(where: Path) -> int:
+    """Return the number of token ids of the model in a folder, or 0 where that is not told."""
+    try:
+        return read(where).vocabulary
+    except errors.StackError:
+        return 0
+
+
 def of_folder(
     settings: Settings, gpus: list[Gpu], where: Path, weights: int, step: int = 0
 ) -> tuple[Settings, list[str]]:

@@ -1,72 +1,34 @@
-"""Readiness of the server: supervisor says RUNNING, /health is 200 and a real completion worked."""
+"""Readiness of the server: at least one replica has answered and goes on doing so."""
 
 import json
-import os
-import urllib.request
-import xmlrpc.client
-from pathlib import Path
-
-from supervisor.xmlrpc import SupervisorTransport
+import socket
 
 from scripts import errors
 from scripts.settings import Settings
 
 
-def _vllm_state(run: Path) -> tuple[str, int]:
-    """Return supervisor's state name and the process id of vLLM."""
-    transport = SupervisorTransport(None, None, f"unix://{run / 'supervisor.sock'}")
-    with xmlrpc.client.ServerProxy("http://localhost", transport) as proxy:
-        info = proxy.supervisor.getProcessInfo("vllm")
-    return info["statename"], info["pid"]
-
-
-def _request(settings: Settings, path: str, body: dict | None, timeout: float) -> bytes:
-    # HOST may be an address of one interface, or all of them.
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    request = urllib.request.Request(f"http://{host}:{settings.port}{path}")
-    request.add_header("Authorization", f"Bearer {settings.vllm_api_key}")
-    if body is not None:
-        request.data = json.dumps(body).encode()
-        request.add_header("Content-Type", "application/json")
-    # A proxy of the environment is never the way to this very machine.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=timeout) as response:
-        return response.read()
-
-
-def check(settings: Settings) -> str:
-    """Return why the server is not ready, or an empty string when it is.
-
-    The completion runs once for each start of vLLM: a wrong engine passes /health and dies at the
-    first request. Its mark in the run folder names the process that answered.
-    """
-    try:
-        state, pid = _vllm_state(settings.run)
-    except (OSError, xmlrpc.client.Error) as error:
-        return f"supervisor does not answer: {error}"
-    if state != "RUNNING":
-        return f"vLLM is {state}"
-    mark = settings.run / "answered"
-    try:
-        _request(settings, "/health", None, timeout=5)
-        if not (mark.exists() and mark.read_text() == str(pid)):
-            body = {"model": settings.served_model_name, "prompt": "Hi", "max_tokens": 1}
-            answer = json.loads(_request(settings, "/v1/completions", body, timeout=60))
-            if answer["usage"]["completion_tokens"] != 1:
-                return f"one token was asked for, the usage is {answer['usage']}"
-            mark.write_text(str(pid))
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(getattr(error, "reason", None), ConnectionRefusedError):
-            return "vLLM is loading; it does not listen yet"
-        return f"vLLM does not answer: {error}"
-    return ""
+def check(settings: Settings) -> tuple[bool, str]:
+    """Return whether it is ready, and how the replicas are."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        try:
+            connection.connect(str(settings.agent_socket))
+            connection.sendall(b"all\n")
+            states = json.loads(connection.makefile().readline())
+        except (OSError, ValueError) as error:
+            return False, f"the agent does not answer: {error}"
+    up = [state for state, _ in states if state == "up"]
+    reasons = sorted({reason for state, reason in states if state != "up"})
+    if len(states) == 1:
+        return bool(up), reasons[0] if reasons else "ready"
+    return bool(up), "; ".join([f"{len(up)} of {len(states)} replicas are ready", *reasons])
 
 
 def main() -> int:
     """Print the state; 0 when ready."""
-    reason = check(Settings.from_environ(os.environ))
-    print(reason or "ready")
-    return 1 if reason else 0
+    ready, text = check(Settings.from_environ())
+    print(text)
+    return 0 if ready else 1
 
 
 if __name__ == "__main__":

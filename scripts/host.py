@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -20,13 +21,18 @@ from pathlib import Path
 
 import psutil
 
-from scripts import errors, plan
+from scripts import errors, keys, plan
 from scripts.plan import ROOT, Plan
-from scripts.settings import Settings
+from scripts.settings import MOST_REPLICAS, Settings
 from scripts.variants import IMAGES
 
 # A path of a Unix socket holds 107 bytes; supervisor adds a suffix while it creates one.
 _SOCKET_PATH = 107 - len("/supervisor.sock.12345678")
+# docker/haproxy.cfg is written for it; Ubuntu 22.04 has it.
+_LEAST_HAPROXY = (2, 4)
+_DOTTED = ".".join(map(str, _LEAST_HAPROXY))
+# What HAProxy loads that a small system may lack.
+_HAPROXY = ["haproxy", "liblua5.3-0", "libopentracing-c-wrapper0", "libopentracing1"]
 
 
 def state_folder() -> Path:
@@ -75,9 +81,11 @@ class HostRuntime:
             **chosen.environ,
             "MODELS_DIR": str(self.state_dir / "models"),
             "CACHES_DIR": str(self.state_dir / "caches"),
+            "KEYS_DIR": str(self.state_dir / "keys"),
             "RUN_DIR": str(self.run_dir),
             "PYTHONUNBUFFERED": "1",
         }
+        self._program: str | None = None
         # The environments keep their bytecode, which saves half of vLLM's start.
         self.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -156,6 +164,7 @@ class HostRuntime:
                 raise _ended("the installation", code)
             (venv / "complete").touch()
         self._libraries()
+        self._haproxy()
 
     def _libraries(self) -> None:
         """Bring the variant's Debian packages that this host lacks, without being root.
@@ -175,7 +184,7 @@ class HostRuntime:
                 continue
             print(f"build: fetching Debian's {package} into {target}", flush=True)
             with tempfile.TemporaryDirectory() as folder:
-                if not _fetch(package, Path(folder)):
+                if not _fetch([package], Path(folder)):
                     raise errors.HostUnfit(
                         f"this host lacks {package}",
                         f"its library, which vLLM's {self.plan.variant.name} build loads",
@@ -185,6 +194,70 @@ class HostRuntime:
                 target.mkdir(parents=True, exist_ok=True)
                 for library in Path(folder, "root").rglob(f"lib{stem}.so.*"):
                     shutil.copy(library, target / library.name)
+
+    def _haproxy(self) -> str:
+        """Return the HAProxy to run, or nothing where this host has none and none can be had."""
+        if self._program is None:
+            self._program = self._find_haproxy()
+        return self._program
+
+    def _find_haproxy(self) -> str:
+        own = self.state_dir / "haproxy"
+        path = f"{self.environ.get('PATH', '')}:/usr/sbin:{own}/usr/sbin"
+        if not shutil.which("haproxy", path=path) and not own.exists():
+            print(f"build: fetching Debian's haproxy into {own}", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                if _fetch(_HAPROXY, Path(folder)):
+                    shutil.copytree(Path(folder, "root"), own, symlinks=True)
+        program = shutil.which("haproxy", path=path)
+        if not program:
+            return ""
+        self.environ["PATH"] = path
+        libraries = [str(found.parent) for found in own.glob("usr/lib/*/liblua5*.so.0")]
+        if program.startswith(str(own)):
+            known = [*libraries[:1], self.environ.get("LD_LIBRARY_PATH", "")]
+            self.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, known))
+        done = subprocess.run(
+            [program, "-v"], env=self.environ, capture_output=True, text=True, timeout=30
+        )
+        version = re.search(r"version (\d+)\.(\d+)", done.stdout)
+        good = version and (int(version[1]), int(version[2])) >= _LEAST_HAPROXY
+        return program if good else ""
+
+    def require_keys(self) -> None:
+        """Raise when others reach the endpoint and there is no key, or no gateway to ask for it."""
+        settings = self.plan.settings
+        keys.require(settings, bool(keys.load(self.state_dir / "keys")))
+        if self._haproxy():
+            return
+        wanted = {
+            f"HOST={settings.host}": settings.open_to_others,
+            "TLS_CERT": settings.tls_cert,
+            "REPLICAS": settings.replicas > 1,
+            "a key": keys.load(self.state_dir / "keys"),
+        }
+        for name in (name for name, given in wanted.items() if given):
+            raise errors.HostUnfit(
+                f"{name} is asked for, and this host has no HAProxy {_DOTTED} or newer",
+                "HAProxy, which is the gateway",
+                "as root: apt-get install haproxy; or without a gateway: HOST=127.0.0.1, one"
+                " replica, no TLS and no keys",
+            )
+        print(
+            "up: this host has no HAProxy, so vLLM itself answers on 127.0.0.1: without keys, TLS,"
+            " replicas and the list of routes. As root: apt-get install haproxy",
+            flush=True,
+        )
+
+    def key(self, *arguments: str) -> int:
+        """Run scripts/key.py on this runtime's keys, and return its code."""
+        command = [sys.executable, "-m", "scripts.key", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=self.environ).returncode
+
+    def restart(self) -> int:
+        """Restart the replicas one by one, and return the code of that."""
+        command = [self._venv_python(self.plan.variant.name), "-m", "scripts.restart"]
+        return subprocess.run(command, cwd=ROOT, env=self.environ).returncode
 
     def download(self) -> None:
         """Bring the model into the state folder; in a rehearsal from a hub of our own."""
@@ -265,6 +338,16 @@ class HostRuntime:
         self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         record.write_text(wanted, encoding="utf-8")
         command = [self._venv_python(self.plan.variant.name), "-m", "scripts.supervise"]
+        if self._haproxy():
+            command += ["--gateway"]
+            count = self.plan.settings.replicas or MOST_REPLICAS
+            # One port for the agent, and one for each replica, behind the gateway.
+            first = _free_ports(count + 1)
+            own = {"REPLICA_HOST": "127.0.0.1", "AGENT_PORT": first, "REPLICA_PORT": first + 1}
+            self.environ.update({name: str(value) for name, value in own.items()})
+            self.environ["METRICS_BIND_INSIDE"] = (
+                self.plan.environ.get("METRICS_BIND") or f"{self.run_dir}/metrics.sock"
+            )
         with self.log.with_name("supervise.log").open("w") as stream:
             # A session of its own: it goes on when this terminal closes.
             self._supervise = subprocess.Popen(
@@ -295,12 +378,22 @@ class HostRuntime:
         done = subprocess.run(
             command, cwd=ROOT, env=self.environ, capture_output=True, text=True, timeout=120
         )
-        return ("starting" if done.returncode else "ready"), done.stdout.strip()
+        if done.returncode:
+            return "starting", done.stdout.strip()
+        # The gateway believes it a moment later.
+        context = ssl._create_unverified_context()
+        handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+        try:
+            urllib.request.build_opener(*handlers).open(f"{self.url()}/health", timeout=5).close()
+        except OSError as error:
+            return "starting", f"the gateway says {error}"
+        return "ready", done.stdout.strip()
 
     def tail(self, lines: int) -> str:
         """Return the last lines of the server's logs."""
         found = []
-        for path in (self.log.with_name("supervise.log"), self.log):
+        names = ("supervise.log", "gateway.log", self.log.name)
+        for path in (self.log.with_name(name) for name in names):
             with contextlib.suppress(OSError):
                 found += path.read_text(errors="replace").splitlines()[-lines:]
         return "\n".join(found)
@@ -315,7 +408,8 @@ class HostRuntime:
 
     def logs(self) -> int:
         """Follow the logs until Ctrl-C."""
-        files = [str(self.log), str(self.log.with_name("supervise.log"))]
+        names = ("supervise.log", "gateway.log")
+        files = [str(self.log), *(str(self.log.with_name(name)) for name in names)]
         return subprocess.run(["tail", "-n", "100", "-F", *files]).returncode
 
     def stop(self) -> None:
@@ -324,8 +418,8 @@ class HostRuntime:
         if not process:
             return
         process.send_signal(signal.SIGTERM)
-        # Supervisor ends vLLM the hard way after DRAIN_SECONDS and a margin.
-        limit = self.plan.settings.drain_seconds + 30
+        # Supervisor ends the gateway and then vLLM the hard way after DRAIN_SECONDS and a margin.
+        limit = 2 * self.plan.settings.drain_seconds + 40
         try:
             process.wait(timeout=limit)
         except psutil.TimeoutExpired:
@@ -362,17 +456,33 @@ def _ended(what: str, code: int) -> errors.StackError:
     return error
 
 
-def _fetch(package: str, folder: Path) -> bool:
-    """Unpack a Debian package into `folder`/root, with package lists of our own: needs no root."""
+def _free_ports(count: int) -> int:
+    """Return the first of so many free ports of this host in a row."""
+    for _ in range(100):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            first = probe.getsockname()[1]
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            continue
+        return first
+    raise errors.PortTaken(f"no {count} free ports in a row", "so many", "end what listens here")
+
+
+def _fetch(packages: list[str], folder: Path) -> bool:
+    """Unpack Debian packages into `folder`/root, with package lists of our own: needs no root."""
     if not shutil.which("apt-get"):
         return False
     (folder / "lists" / "partial").mkdir(parents=True)
     options = [f"-oDir::State::lists={folder}/lists", "-oDir::Cache::pkgcache="]
     options += ["-oDir::Cache::srcpkgcache=", "-oAPT::Sandbox::User=root", "-qq"]
-    for action in (["update"], ["download", package]):
+    options += ["-oAcquire::Retries=0", "-oAcquire::http::Timeout=10"]
+    for action in (["update"], ["download", *packages]):
         done = subprocess.run(["apt-get", *options, *action], cwd=folder, timeout=300)
         if done.returncode:
             return False
-    [archive] = folder.glob("*.deb")
-    unpack = ["dpkg", "--extract", str(archive), str(folder / "root")]
-    return subprocess.run(unpack, timeout=60).returncode == 0
+    unpack = [["dpkg", "--extract", str(deb), str(folder / "root")] for deb in folder.glob("*.deb")]
+    return all(subprocess.run(words, timeout=60).returncode == 0 for words in unpack)

@@ -34,7 +34,12 @@ class Plan:
     def endpoint(self) -> str:
         """Base URL of the served API, as this host reaches it."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.host, self.settings.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.port}"
+        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.settings.port}"
+
+    @property
+    def scheme(self) -> str:
+        """What a client says before the address."""
+        return "https" if self.settings.tls_cert else "http"
 
 
 def gpus() -> tuple[str, list[tuple[int, ...]]]:

@@ -1,19 +1,25 @@
 """Turn Settings into vLLM's command line, print it and become vLLM."""
 
+import argparse
+import json
 import os
 import shlex
 import sys
 import sysconfig
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts import errors, fit, gpu, snapshot, variants
+from scripts import errors, fit, gpu, middleware, snapshot, variants
 from scripts.settings import Settings
 
 _SECRET_WORDS = ("key", "token", "secret", "password")
 # Drivers since this one load what Triton's own ptxas (CUDA 12) assembles.
 _CUDA_12_DRIVER = "525.60.13"
+_ROOT = Path(__file__).resolve().parent.parent
+# Seconds before another start: 2, 4, 8, … after starts without an answer.
+_MOST_BACKOFF = 30
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class _Dialect:
     arguments: tuple[str, ...] = ()
     # The argument that lets running requests finish at a stop, where it has one.
     drain: str = ""
+    # Whether it bounds the compilation of a client's expressions.
+    patterns: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -45,6 +53,7 @@ _DIALECTS = (
     _Dialect(
         "0.20",
         drain="--shutdown-timeout",
+        patterns=True,
         # It would be compiled with nvcc at first use; the image has no nvcc.
         environment={"VLLM_USE_FLASHINFER_SAMPLER": "0"},
     ),
@@ -56,12 +65,14 @@ def _dialect(settings: Settings) -> _Dialect:
     return [dialect for dialect in _DIALECTS if variants.number(dialect.since) <= version][-1]
 
 
-def arguments(settings: Settings, where: Path) -> list[str]:
-    """Return vLLM's argument list for the model in folder `where`."""
+def arguments(settings: Settings, where: Path, replica: int = 0) -> list[str]:
+    """Return vLLM's argument list for the model in folder `where`, and a replica's number."""
     dialect = _dialect(settings)
     result = [*dialect.program, "serve", str(where)]
     result += ["--served-model-name", settings.served_model_name]
-    result += ["--host", settings.host, "--port", str(settings.port)]
+    result += ["--host", settings.replica_host, "--port", str(settings.replica_port + replica)]
+    # Bounds on requests, and the line a request that takes the place of uvicorn's.
+    result += ["--middleware", "scripts.middleware.Middleware", "--uvicorn-log-level", "warning"]
     result += ["--dtype", settings.dtype, "--max-model-len", str(settings.max_model_len)]
     result += ["--tensor-parallel-size", str(settings.tensor_parallel_size)]
     if dialect.drain:
@@ -94,8 +105,13 @@ def _assembler() -> dict[str, str]:
     return {"TRITON_PTXAS_PATH": str(path)} if old else {}
 
 
-def environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return vLLM's environment: caches in the volume, no statistics, no hub."""
+def environment(
+    settings: Settings, environ: Mapping[str, str], vocabulary: int = 0
+) -> dict[str, str]:
+    """Return vLLM's environment: caches in the volume, no statistics, no hub, bounds.
+
+    `vocabulary` is the number of token ids that the model has, 0 where it is not known.
+    """
     caches = settings.caches / settings.variant
     one_worker = settings.variant == "cpu" and settings.tensor_parallel_size == 1
     return {
@@ -104,6 +120,10 @@ def environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, str
         **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if one_worker else {}),
         **_dialect(settings).environment,
         **_assembler(),
+        # vLLM imports its middleware from here.
+        "PYTHONPATH": str(_ROOT),
+        "VOCABULARY": str(vocabulary),
+        "TAKE_PATTERNS": "1" if _dialect(settings).patterns else "0",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "DO_NOT_TRACK": "1",
@@ -140,12 +160,12 @@ def masked(command: list[str]) -> str:
     return " ".join(shown)
 
 
-def _failed_starts(run: Path) -> int:
+def _failed_starts(run: Path, replica: int) -> int:
     """Return how many starts before this one ended without an answer, and note this one.
 
-    vLLM keeps this process's id, and health.py notes the one that answered.
+    vLLM keeps this process's id, and agent.py notes the one that answered.
     """
-    starts, answered = run / "starts", run / "answered"
+    starts, answered = run / f"starts-{replica}", run / f"answered-{replica}"
     before = starts.read_text().split() if starts.exists() else []
     if answered.exists() and answered.read_text() in before:
         before = []
@@ -153,20 +173,55 @@ def _failed_starts(run: Path) -> int:
     return len(before)
 
 
-def main() -> int:
+def _share_of(replica: int, settings: Settings, gpus: list[gpu.Gpu]) -> dict[str, str]:
+    """Return the environment that gives a replica its own part of the GPUs, or of the CPUs."""
+    size = settings.tensor_parallel_size
+    if gpus:
+        own = gpus[replica * size : (replica + 1) * size]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(str(card.index) for card in own)}
+    count = settings.replicas or 1
+    cpus = sorted(os.sched_getaffinity(0))
+    if count == 1 or len(cpus) < count or size > 1:
+        return {}
+    each = len(cpus) // count
+    own = cpus[replica * each : (replica + 1) * each]
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, own))}
+
+
+def _log_config(settings: Settings) -> dict[str, str]:
+    """Return the environment that makes vLLM log in JSON, where that is asked for."""
+    if settings.log_format != "json":
+        return {}
+    path = settings.run / "logging.json"
+    path.write_text(json.dumps(middleware.log_config()), encoding="utf-8")
+    return {"VLLM_LOGGING_CONFIG_PATH": str(path)}
+
+
+def main(argv: list[str] | None = None) -> int:
     """Become vLLM; returns only when that is refused."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("replica", type=int, nargs="?", default=0, help="its number, from 0")
+    replica = parser.parse_args(argv).replica
     settings = Settings.from_environ()
     where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
-    failed = _failed_starts(settings.run)
+    failed = _failed_starts(settings.run, replica)
     gpus = gpu.look()[1] if variants.load()[settings.variant].cuda else []
+    share = _share_of(replica, settings, gpus) if settings.replicas > 1 else {}
+    own = [
+        card for card in gpus if str(card.index) in share.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    ]
     weights = snapshot.load(where).weights
-    fitted, lines = fit.of_folder(settings, gpus, where, weights, min(failed, 2))
-    if failed and gpus:
-        print(f"serve: {failed} starts without an answer; {lines[-1]}", flush=True)
-    command = arguments(fitted, where)
+    fitted, lines = fit.of_folder(settings, own or gpus, where, weights, min(failed, 2))
+    if failed:
+        pause = min(2**failed, _MOST_BACKOFF)
+        less = f"; {lines[-1]}" if gpus else ""
+        print(f"serve: {failed} starts without an answer, waiting {pause} s{less}", flush=True)
+        time.sleep(pause)
+    command = arguments(fitted, where, replica)
     print(f"serve: {masked(command)}", flush=True)
     program = Path(sys.executable).with_name(command[0])
-    os.execve(program, command, environment(fitted, os.environ))
+    environ = environment(fitted, os.environ, fit.vocabulary(where))
+    os.execve(program, command, {**environ, **share, **_log_config(settings)})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from scripts.errors import SettingInvalid
 DEFAULT_MODEL = "glm-4-9b-chat"
 DEFAULT_MODEL_ID = presets.named(DEFAULT_MODEL).model_id
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+# The GPUs of a large host; a gateway that is not told the number looks for as many.
+MOST_REPLICAS = 8
 # Where a model may come from, besides the URL of a hub that speaks ModelScope's protocol.
 SOURCES = ("modelscope", "huggingface", "hf-mirror", "folder")
 _MODEL_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
@@ -38,8 +40,8 @@ _OWNED = {
     "--host": "HOST",
     "--port": "PORT",
     "--shutdown-timeout": "DRAIN_SECONDS",
-    # A key on the command line is visible to every process of the host.
-    "--api-key": "VLLM_API_KEY",
+    # The gateway's: vLLM's own guards some routes only, and every process of the host sees it.
+    "--api-key": "make key NAME=…",
 }
 
 
@@ -109,6 +111,22 @@ def _url(name: str, value: str) -> str:
     return value.rstrip("/")
 
 
+def _hosts(name: str, value: str) -> tuple[str, ...]:
+    hosts = tuple(filter(None, (word.strip() for word in value.split(","))))
+    for host in hosts:
+        if not re.fullmatch(r"[\w.-]+|\[[0-9a-f:]+\]", host, re.IGNORECASE):
+            raise _invalid(name, host, "host names with commas between, without ports")
+    return hosts
+
+
+def _origins(name: str, value: str) -> tuple[str, ...]:
+    origins = tuple(filter(None, (word.strip() for word in value.split(","))))
+    for origin in origins:
+        if not re.fullmatch(r"\*|https?://[\w.:\[\]-]+", origin):
+            raise _invalid(name, origin, "origins such as http://localhost:3000, or *")
+    return origins
+
+
 def _sources(name: str, value: str) -> tuple[str, ...]:
     sources = tuple(filter(None, (word.strip() for word in value.split(","))))
     for source in sources or [value]:
@@ -129,8 +147,8 @@ def _arguments(name: str, value: str) -> tuple[str, ...]:
             # The value is left out: it may be a key.
             raise SettingInvalid(
                 f"{name} contains {flag}",
-                f"{_OWNED[flag]}, the setting for it",
-                f"take {flag} out of {name} and set {_OWNED[flag]} in .env",
+                f"{_OWNED[flag]}, which is there for it",
+                f"take {flag} out of {name} and use {_OWNED[flag]}",
             )
     return arguments
 
@@ -140,7 +158,8 @@ class Settings:
     """What an operator may set (`.env.example` explains each), and the folders of this runtime.
 
     A number that is `auto` is 0 here. `models` holds snapshots, `caches` compile caches, `run`
-    sockets and marks.
+    sockets and marks, `keys` who may come in. Replica k listens on `replica_port` + k; what the
+    gateway asks about them on `agent_port` (0: nobody asks).
     """
 
     model_id: str
@@ -166,11 +185,30 @@ class Settings:
     host: str
     port: int
     drain_seconds: int
+    replicas: int
+    hang_seconds: int
+    request_seconds: int
+    max_choices: int
+    log_format: str
     vllm_args: tuple[str, ...]
-    vllm_api_key: str
+    allowed_hosts: tuple[str, ...]
+    allowed_origins: tuple[str, ...]
+    key_rate: int
+    key_concurrency: int
+    replica_concurrency: int
+    queue_length: int
+    queue_seconds: int
+    max_body_mb: int
+    offer_tokenize: bool
+    tls_cert: str
+    tls_key: str
+    replica_host: str
+    replica_port: int
+    agent_port: int
     variant: str
     models: Path
     caches: Path
+    keys: Path
     run: Path
 
     @classmethod
@@ -187,6 +225,12 @@ class Settings:
         def path(name: str, default: str) -> Path:
             return Path(environ.get(name, "") or default)
 
+        if environ.get("VLLM_API_KEY"):
+            raise SettingInvalid(
+                "VLLM_API_KEY is set",
+                "keys that the gateway knows: vLLM's own guards some routes only",
+                "make key NAME=alice (docker compose run --rm key add alice), and unset it",
+            )
         name = environ.get("MODEL", "").strip()
         model_id = read(
             "MODEL_ID",
@@ -245,13 +289,42 @@ class Settings:
             host=read("HOST", "127.0.0.1", _address),
             port=read("PORT", "8000", _integer(1, 65535)),
             drain_seconds=read("DRAIN_SECONDS", "30", _integer(1, 3600)),
+            replicas=read("REPLICAS", "auto", _auto(_integer(1, MOST_REPLICAS))),
+            hang_seconds=read("HANG_SECONDS", "60", _integer(2, 3600)),
+            request_seconds=read("REQUEST_SECONDS", "3600", _integer(1, 86400)),
+            max_choices=read("MAX_CHOICES", "16", _integer(1, 1024)),
+            log_format=read("LOG_FORMAT", "text", _choice("text", "json")),
             vllm_args=read("VLLM_ARGS", "", _arguments),
-            vllm_api_key=environ.get("VLLM_API_KEY", ""),
+            allowed_hosts=read("ALLOWED_HOSTS", "", _hosts),
+            allowed_origins=read("ALLOWED_ORIGINS", "", _origins),
+            key_rate=read("KEY_RATE", "0", _integer(0, 1_000_000)),
+            key_concurrency=read("KEY_CONCURRENCY", "0", _integer(0, 100_000)),
+            replica_concurrency=read("REPLICA_CONCURRENCY", "256", _integer(1, 10_000)),
+            queue_length=read("QUEUE_LENGTH", "256", _integer(1, 100_000)),
+            queue_seconds=read("QUEUE_SECONDS", "60", _integer(1, 3600)),
+            max_body_mb=read("MAX_BODY_MB", "16", _integer(1, 1024)),
+            offer_tokenize=read("OFFER_TOKENIZE", "0", _boolean),
+            tls_cert=environ.get("TLS_CERT", "").strip(),
+            tls_key=environ.get("TLS_KEY", "").strip(),
+            replica_host=read("REPLICA_HOST", environ.get("HOST") or "127.0.0.1", _address),
+            replica_port=read("REPLICA_PORT", environ.get("PORT") or "8000", _integer(1, 65535)),
+            agent_port=read("AGENT_PORT", "0", _integer(0, 65535)),
             variant=read("VARIANT", "cu121", _matching(r"cpu|cu[0-9]{3}", "cpu, cu118, cu121, …")),
             models=path("MODELS_DIR", "/models"),
             caches=path("CACHES_DIR", "/caches"),
+            keys=path("KEYS_DIR", "/keys"),
             run=path("RUN_DIR", "/run/stack"),
         )
+
+    @property
+    def agent_socket(self) -> Path:
+        """Where scripts/agent.py answers those inside."""
+        return self.run / "agent.sock"
+
+    @property
+    def open_to_others(self) -> bool:
+        """Whether other hosts reach the endpoint."""
+        return not ipaddress.ip_address(self.host).is_loopback
 
     def check_files(self) -> None:
         """Raise SettingInvalid when a setting names a file that is not there.

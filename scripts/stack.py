@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ def up(chosen: Plan) -> int:
     runtime = doctor.runtime_of(chosen)
     _say("checks passed; building")
     runtime.build()
+    runtime.require_keys()
     _say("downloading")
     runtime.download()
     _say("starting vLLM")
@@ -40,10 +42,11 @@ def up(chosen: Plan) -> int:
     _wait(runtime)
     _say(f"ready after {time.monotonic() - began:.0f} s")
     name = chosen.settings.served_model_name
+    auth = "-H 'Authorization: Bearer <key>' " if chosen.settings.open_to_others else ""
     print(
         f"""
   endpoint  {chosen.endpoint}/v1   (OpenAI-compatible, model {name})
-  try       curl {chosen.endpoint}/v1/chat/completions -H 'Content-Type: application/json' \\
+  try       curl {chosen.endpoint}/v1/chat/completions -H 'Content-Type: application/json' {auth}\\
               -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "你好"}}]}}'
   logs      {runtime.logs_hint()}
   stop      make down
@@ -173,6 +176,46 @@ def configure(chosen: Plan) -> int:
     return 0
 
 
+def key(chosen: Plan, arguments: list[str]) -> int:
+    """Create, list or revoke keys."""
+    return doctor.runtime_of(chosen).key(*arguments)
+
+
+def tls(chosen: Plan) -> int:
+    """Make a certificate that this host signs itself, unless there is one, and say how to use it.
+
+    Raises:
+        HostUnfit: there is no openssl.
+    """
+    folder = plan.ROOT / ".state" / "tls"
+    certificate, private = folder / "cert.pem", folder / "key.pem"
+    names = ["localhost", *chosen.settings.allowed_hosts]
+    subject = [f"DNS:{name}" for name in names] + ["IP:127.0.0.1"]
+    if chosen.settings.host not in ("127.0.0.1", "0.0.0.0", "::"):
+        subject.append(f"IP:{chosen.settings.host}")
+    if not certificate.exists():
+        # The folder keeps other users out; the file is readable, for the gateway is another user.
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"]
+        command += ["ec_paramgen_curve:prime256v1", "-nodes", "-days", "825", "-subj"]
+        command += [f"/CN={names[-1]}", "-addext", f"subjectAltName={','.join(subject)}"]
+        command += ["-keyout", str(private), "-out", str(certificate)]
+        if not shutil.which("openssl"):
+            raise errors.HostUnfit("openssl is not installed", "it", "apt-get install openssl")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            raise errors.StackError(done.stderr.strip(), "a certificate", "see openssl's words")
+        private.chmod(0o644)
+    show = ["openssl", "x509", "-in", str(certificate), "-noout", "-fingerprint", "-sha256"]
+    subprocess.run([*show, "-enddate", "-ext", "subjectAltName"], timeout=60)
+    where = folder.relative_to(plan.ROOT)
+    print(
+        f"TLS_CERT=./{where}/cert.pem and TLS_KEY=./{where}/key.pem in .env turn TLS on;"
+        f" clients trust it by curl --cacert {where}/cert.pem"
+    )
+    return 0
+
+
 def _shape(chosen: Plan) -> tuple[fit.Shape, int]:
     """Return the model's shape and bytes of weights: the preset's, or what the volume has."""
     preset = presets.of(chosen.settings.model_id)
@@ -197,7 +240,8 @@ def _running(cuda: str, wanted: str) -> list[ComposeRuntime | HostRuntime]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=[*PREPARING, "models", "fit", *RUNNING])
+    parser.add_argument("command", choices=[*PREPARING, "models", "fit", "key", *RUNNING])
+    parser.add_argument("arguments", nargs="*", help="add NAME, list, or revoke NAME (key)")
     parser.add_argument("--cuda", default="", help="118, 121, 130, cpu, or all (build)")
     parser.add_argument("--runtime", default="", help="docker or host; by default what is there")
     parser.add_argument("--gpu", default="", help="a card by its name, such as rtx3090 (fit)")
@@ -212,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
             cuda = fitting[0].short if fitting else ""
             os.environ.setdefault("MODEL", DEFAULT_MODEL)
         return show_fit(plan.make(cuda, options.runtime), options.gpu)
+    if options.command == "key":
+        return key(plan.make(options.cuda, options.runtime), options.arguments or ["list"])
     if options.command == "models":
         return models(plan.make(options.cuda, options.runtime), options.remove)
     if options.command == "build" and options.cuda == "all":
@@ -222,14 +268,20 @@ def main(argv: list[str] | None = None) -> int:
     if not running:
         print("nothing runs; `make up` starts it", file=sys.stderr)
         return 0 if options.command == "down" else 1
-    for runtime in running:
-        RUNNING[options.command](runtime)
-    return 0
+    return max(RUNNING[options.command](runtime) or 0 for runtime in running)
 
 
-PREPARING = {"up": up, "build": build, "download": download, "pin": pin, "configure": configure}
+PREPARING = {
+    "up": up,
+    "build": build,
+    "download": download,
+    "pin": pin,
+    "configure": configure,
+    "tls": tls,
+}
 RUNNING = {
     "down": lambda runtime: runtime.stop(),
+    "restart": lambda runtime: runtime.restart(),
     "status": lambda runtime: runtime.status(),
     "logs": lambda runtime: runtime.logs(),
     "url": lambda runtime: print(runtime.url()),

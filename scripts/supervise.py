@@ -19,7 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     """Supervise until told to stop (code 0) or until a program is given up (ServeFailed)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--log", type=Path, help="let vLLM log to this file, rotated")
-    log = parser.parse_args(argv).log
+    parser.add_argument("--gateway", action="store_true", help="run the gateway here, too")
+    options = parser.parse_args(argv)
+    log, gateway = options.log, options.gateway
 
     settings = Settings.from_environ()
     # A wrong setting, a missing model or an unfit GPU stays wrong however often it is
@@ -32,10 +34,20 @@ def main(argv: list[str] | None = None) -> int:
     weights = snapshot.load(where).weights
     fitted, lines = fit.of_folder(settings, gpus, where, weights)
     print("\n".join(f"fit: {line}" for line in lines), flush=True)
-    gpu.require_memory(fitted, gpus[: fitted.tensor_parallel_size], weights)
+    size = fitted.tensor_parallel_size
+    replicas = settings.replicas or max(len(gpus) // size, 1)
+    if gpus and replicas * size > len(gpus):
+        raise errors.GpuUnsupported(
+            f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''}",
+            f"{replicas * size}: REPLICAS={replicas} times TENSOR_PARALLEL_SIZE={size}",
+            "lower REPLICAS, or set it to auto",
+        )
+    gpu.require_memory(fitted, gpus[: replicas * size], weights * replicas)
+    if replicas > 1:
+        print(f"fit: {replicas} replicas of {size} GPU{'s' if size > 1 else ''} each", flush=True)
     settings.run.mkdir(parents=True, exist_ok=True)
     given_up = settings.run / "given-up"
-    for mark in (given_up, settings.run / "answered", settings.run / "starts"):
+    for mark in (given_up, *settings.run.glob("answered-*"), *settings.run.glob("starts-*")):
         mark.unlink(missing_ok=True)
 
     output = str(log or "/dev/fd/1")
@@ -57,6 +69,11 @@ def main(argv: list[str] | None = None) -> int:
         "VLLM_LOG": output,
         # Supervisor cannot rotate a pipe.
         "LOG_MAXBYTES": "20MB" if log else "0",
+        "GATEWAY_LOG": str(log.with_name("gateway.log")) if log else output,
+        "GATEWAY": "true" if gateway else "false",
+        "REPLICAS": str(replicas),
+        # Every start takes the same number of GPUs, or one would take another's.
+        "TENSOR_PARALLEL_SIZE": str(size),
     }
     command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(CONF)]
     # A group of its own: Ctrl-C in a terminal must reach vLLM by way of supervisord only.
@@ -65,11 +82,12 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, lambda *_: process.terminate())
     code = process.wait()
     if given_up.exists():
-        raise errors.ServeFailed(
-            given_up.read_text(encoding="utf-8").strip(),
-            "a vLLM that stays up",
-            "read the log above for vLLM's own error (`make logs`)",
+        number, reason = given_up.read_text(encoding="utf-8").strip().split("\n", 1)
+        error = errors.StackError(
+            reason, "a vLLM that stays up", "read the log above for vLLM's own error (`make logs`)"
         )
+        error.exit_code = int(number)
+        raise error
     if code != 0:
         raise errors.ServeFailed(
             f"supervisord ended with code {code}", "code 0", "read the log above (`make logs`)"

@@ -1,17 +1,39 @@
-"""Supervisor's event listener: ends what outlives vLLM, and gives up on a crash loop."""
+"""Supervisor's event listener: ends what outlives vLLM, and gives up where a retry is no use."""
 
+import collections
 import os
+import re
 import signal
 import sys
 import time
+import xmlrpc.client
 from pathlib import Path
 
 from supervisor import childutils
+
+from scripts import errors
 
 # A vLLM that ends this often in a row, each time within so many seconds of the end before,
 # is not going to stay up. One that served for longer starts the count anew.
 _MOST_ENDS = 4
 _WITHIN_SECONDS = 600
+# Starts that run out of memory are tried again with less (scripts/fit.py), so often.
+_MOST_SHORT = 3
+_TAIL_CHARACTERS = 20_000
+# What vLLM of any line prints when it cannot start, and what that means; the first match counts.
+_CAUSES = (
+    (
+        errors.GpuMemoryShort,
+        r"out of memory|OutOfMemoryError|No available memory for the cache blocks"
+        r"|available KV cache memory|can be stored in KV cache|desired GPU memory utilization",
+    ),
+    (errors.DriverMissing, r"No CUDA GPUs are available|CUDA driver version is insufficient"),
+    (
+        errors.SettingInvalid,
+        r"vllm serve: error: |api_server\.py: error: |ValidationError|^(?:\(.*?\) )?\S*ValueError: "
+        r"|^error: ",
+    ),
+)
 
 
 def _say(text: str) -> None:
@@ -28,29 +50,84 @@ def _end_group(group: int) -> None:
         pass
 
 
-def _give_up(reason: str) -> None:
-    _say(f"giving up: {reason}")
-    Path(os.environ["RUN_DIR"], "given-up").write_text(f"{reason}\n", encoding="utf-8")
-    # supervisord is the parent; it stops the other programs and ends.
-    os.kill(os.getppid(), signal.SIGTERM)
+def cause(text: str) -> type[errors.StackError]:
+    """Return what an end at start means, from what the process had printed."""
+    for error, pattern in _CAUSES:
+        if re.search(pattern, text, re.M):
+            return error
+    return errors.ServeFailed
+
+
+class Watch:
+    """What has ended how often; gives up a replica, and all of them when none is left."""
+
+    def __init__(self, run: Path, replicas: int) -> None:
+        self.run, self.replicas = run, replicas
+        self.given_up: set[str] = set()
+        self.ends: dict[str, list[float]] = collections.defaultdict(list)
+        self.short: dict[str, int] = collections.defaultdict(int)
+        self.tails: dict[str, str] = collections.defaultdict(str)
+
+    def printed(self, name: str, text: str) -> None:
+        """Keep the last of what a process prints."""
+        self.tails[name] = (self.tails[name] + text)[-_TAIL_CHARACTERS:]
+
+    def ended(self, name: str, pid: int) -> None:
+        """Decide after a vLLM has ended by itself whether another start makes sense."""
+        now = time.monotonic()
+        last = self.ends[name][-1:]
+        recent = bool(last) and now - last[0] < _WITHIN_SECONDS
+        self.ends[name] = [*(self.ends[name] if recent else []), now]
+        count = len(self.ends[name])
+        answered = self.run / f"answered-{name.removeprefix('vllm_')}"
+        served = answered.exists() and answered.read_text() == str(pid)
+        found = errors.ServeFailed if served else cause(self.tails[name])
+        self.tails[name] = ""
+        _say(f"{name} ended by itself; {count} of at most {_MOST_ENDS} times in a row")
+        if found is errors.GpuMemoryShort:
+            self.short[name] += 1
+            if self.short[name] >= _MOST_SHORT:
+                self.give_up(name, f"{name} found too little memory, also with less", found)
+        elif found is not errors.ServeFailed:
+            self.give_up(name, f"{name} cannot start so, however often it is tried", found)
+        elif count >= _MOST_ENDS:
+            self.give_up(name, f"{name} ended {count} times in a row", found)
+
+    def give_up(self, name: str, reason: str, error: type[errors.StackError]) -> None:
+        """Leave a replica stopped; end everything when it was the last one."""
+        _say(f"giving up: {reason}")
+        if name.startswith("vllm_") and name not in self.given_up:
+            self.given_up.add(name)
+            if len(self.given_up) < self.replicas:
+                try:
+                    rpc = childutils.getRPCInterface(os.environ)
+                    rpc.supervisor.stopProcess(f"vllm:{name}", False)
+                except (OSError, xmlrpc.client.Error) as failed:
+                    _say(f"{name} could not be stopped: {failed}")
+                return
+        text = f"{error.exit_code}\n{reason}\n"
+        (self.run / "given-up").write_text(text, encoding="utf-8")
+        # supervisord is the parent; it stops the other programs and ends.
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def main() -> int:
     """Serve events until supervisord ends."""
-    ends: list[float] = []
+    watch = Watch(Path(os.environ["RUN_DIR"]), int(os.environ["REPLICAS"]))
     while True:
         headers, payload = childutils.listener.wait()
-        event = childutils.get_headers(payload)
-        if headers["eventname"] == "PROCESS_STATE_FATAL":
-            _give_up(f"{event['processname']} ended within seconds of each of its starts")
-        elif event["processname"] == "vllm":
+        event, text = childutils.eventdata(f"{payload}\n" if "\n" not in payload else payload)
+        name, kind = event["processname"], headers["eventname"]
+        if kind == "PROCESS_LOG_STDOUT":
+            watch.printed(name, text)
+        elif kind == "PROCESS_STATE_FATAL":
+            watch.give_up(
+                name, f"{name} ended within seconds of each of its starts", errors.ServeFailed
+            )
+        elif event.get("groupname") == "vllm":
             _end_group(int(event["pid"]))
-            if headers["eventname"] == "PROCESS_STATE_EXITED":
-                now = time.monotonic()
-                ends = [*ends, now] if ends and now - ends[-1] < _WITHIN_SECONDS else [now]
-                _say(f"vLLM ended by itself; {len(ends)} of at most {_MOST_ENDS} times in a row")
-            if len(ends) == _MOST_ENDS:
-                _give_up(f"vLLM ended {len(ends)} times in a row")
+            if kind == "PROCESS_STATE_EXITED":
+                watch.ended(name, int(event["pid"]))
         childutils.listener.ok()
 
 
