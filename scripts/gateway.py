@@ -20,7 +20,7 @@ def replicas(settings: Settings) -> int:
 
 def configuration(settings: Settings, template: str, address: str, resolve: bool) -> str:
     """Return HAProxy's configuration with a line for each replica, all of them at `address`."""
-    more = "resolvers container init-addr none resolve-opts allow-dup-ip" if resolve else ""
+    more = "resolvers container init-addr libc,none resolve-opts allow-dup-ip" if resolve else ""
     servers, metrics = [], []
     for number in range(replicas(settings)):
         where = f"{address}:{settings.replica_port + number}"

@@ -1,0 +1,88 @@
+"""Faults under load: with two replicas, nothing fails that had not begun to answer."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.gateway.conftest import Gateway, Outcomes
+from tests.stacks import wait_for
+
+pytestmark = pytest.mark.docker
+
+
+def _judge(what: str, outcomes: Outcomes, least: int = 200) -> None:
+    print(f"\nfault: {what}: {outcomes}")
+    assert len(outcomes.lines) >= least, f"expected {least} requests or more: {outcomes}"
+    assert not outcomes.failed, f"{outcomes}\n{outcomes.failed[:3]}"
+
+
+def test_an_engine_killed_loses_no_request_that_had_not_begun(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    with gateway.load(tmp_path, 45) as end:
+        gateway.kill("VLLM::EngineCore")
+        outcomes = end()
+    _judge("kill -9 of an engine", outcomes)
+    gateway.wait_whole()
+
+
+def test_an_api_server_killed_loses_no_request_that_had_not_begun(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    with gateway.load(tmp_path, 45) as end:
+        gateway.kill("vllm serve")
+        outcomes = end()
+    _judge("kill -9 of an API server", outcomes)
+    gateway.wait_whole()
+
+
+def test_an_engine_that_hangs_is_found_and_ended_and_its_requests_go_elsewhere(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    with gateway.load(tmp_path, 50) as end:
+        gateway.kill("VLLM::EngineCore", "STOP")
+        outcomes = end()
+    _judge("SIGSTOP of an engine", outcomes, 100)
+    assert "hangs, it is ended" in gateway.compose("logs", "serve").output
+    gateway.wait_whole()
+
+
+def test_a_rolling_restart_fails_nothing(gateway: Gateway, tmp_path: Path) -> None:
+    with gateway.load(tmp_path, 60) as end:
+        done = gateway.run("make", "restart", CUDA="cpu", RUNTIME="docker").check()
+        done.says("replica 0: ready", "replica 1: ready", "restart: ok")
+        outcomes = end()
+    _judge("rolling restart", outcomes)
+    assert len(outcomes.done) == len(outcomes.lines), f"{outcomes}\n{outcomes.broken[:3]}"
+    gateway.wait_whole()
+
+
+def test_a_reload_of_the_gateway_fails_nothing(gateway: Gateway, tmp_path: Path) -> None:
+    with gateway.load(tmp_path, 15) as end:
+        for _ in range(3):
+            before = gateway.gateway_log().count("Loading success")
+            gateway.compose("kill", "--signal", "SIGUSR2", "gateway").check()
+            wait_for(
+                lambda before=before: gateway.gateway_log().count("Loading success") > before,
+                15,
+                "a new worker of HAProxy",
+                gateway.gateway_log,
+            )
+        outcomes = end()
+    _judge("gateway reload, three times", outcomes, 100)
+    assert len(outcomes.done) == len(outcomes.lines), f"{outcomes}\n{outcomes.broken[:3]}"
+
+
+def test_a_stop_of_the_whole_stack_lets_begun_requests_finish(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    with gateway.load(tmp_path, 40, TOKENS="100") as end:
+        gateway.compose("stop", "gateway", "serve").check()
+        outcomes = end()
+    # After the stop nobody listens: what was refused was never accepted.
+    refused = [line for line in outcomes.failed if "refused" in line.get("error", "")]
+    lost = [line for line in outcomes.lines if not line["done"] and line not in refused]
+    print(f"\nfault: stop of the whole stack: {outcomes}, {len(refused)} of them refused")
+    assert not lost, lost[:3]
+    gateway.run("make", "up", CUDA="cpu", RUNTIME="docker").check()
+    gateway.wait_whole()
