@@ -109,11 +109,7 @@ def main() -> int:
     path.write_text(
         configuration(settings, template, address, "RESOLVERS" in values), encoding="utf-8"
     )
-    known = {
-        name: value
-        for name, value in os.environ.items()
-        if name in ("PATH", "HOME", "LD_LIBRARY_PATH")
-    }
+    known = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     program = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if not program:
         raise errors.HostUnfit(

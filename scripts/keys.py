@@ -77,9 +77,14 @@ def add(folder: Path, name: str) -> str:
         key = f"sk-{secrets.token_urlsafe(32)}"
         digest = hashlib.sha256(key.encode()).hexdigest()
         _write(folder, {**known, digest: name})
-        _tell(folder, [f"add map {folder / FILE} {digest} {name}"])
-        if not known:
-            _tell(folder, [f"add map {folder / FILE} {_KEYED} yes"])
+        commands = [f"add map {folder / FILE} {digest} {name}"]
+        commands += [] if known else [f"add map {folder / FILE} {_KEYED} yes"]
+        try:
+            _tell(folder, commands)
+        except errors.ServeFailed:
+            # Or the name would be taken by a key that nobody has seen.
+            _write(folder, known)
+            raise
     return key
 
 
@@ -89,6 +94,7 @@ def revoke(folder: Path, name: str) -> None:
     Raises:
         SettingInvalid: there is none of that name.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         known = _read(folder)
         gone = [digest for digest, owner in known.items() if owner == name]

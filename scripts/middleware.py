@@ -9,6 +9,7 @@ import contextvars
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -29,8 +30,22 @@ _MOST_SEQUENCES = 256
 # Bytes of JSON that describe what an answer must look like, depth of any JSON, strings in a list.
 _MOST_SCHEMA, _MOST_DEPTH, _MOST_STRINGS = 64 << 10, 64, 256
 _INT64 = 1 << 63
-_STRUCTURES = ("guided_json", "guided_grammar", "guided_regex", "guided_choice", "response_format")
-_PATTERNS = ("guided_regex", "guided_grammar", "regex", "grammar", "pattern", "patternProperties")
+_PLAIN = re.compile(r"-?[0-9]{1,19}")
+_STRUCTURES = (
+    *("guided_json", "guided_grammar", "guided_regex", "guided_choice"),
+    *("response_format", "structured_outputs", "guided_whitespace_pattern"),
+)
+_PATTERNS = (
+    *("guided_regex", "guided_grammar", "regex", "grammar", "pattern", "patternProperties"),
+    *("guided_whitespace_pattern", "whitespace_pattern"),
+)
+# pydantic makes a number of a text, and of "NaN" one that is none.
+_NUMBERS = (
+    *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "seed", "priority"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "length_penalty"),
+    *("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"),
+    *("logprobs", "top_logprobs", "prompt_logprobs", "truncate_prompt_tokens"),
+)
 # Of chat_template_kwargs: arguments of the function that renders the template, not of the template.
 _NOT_OF_A_TEMPLATE = ("chat_template", "tokenize", "tools", "documents", "return_tensors")
 _TYPES = {
@@ -72,22 +87,36 @@ class Bounds:
             seconds=int(environ.get("REQUEST_SECONDS", "3600")),
         )
 
-    def check(self, body: bytes) -> None:
-        """Raise Refused for a body that is not JSON, or asks for more than is good for others."""
+    def check(self, body: bytes) -> bool:
+        """Return whether a body asks for an answer of some form.
+
+        Raises:
+            Refused: it is not JSON, or asks for more than is good for others.
+        """
         document = _parse(body)
         if not isinstance(document, dict):
             raise Refused(400, "the body is not a JSON object")
         self._check_counts(document)
         self._check_ids(document)
-        self._check_structure(document)
+        formed = self._check_structure(document)
         kwargs = document.get("chat_template_kwargs")
         for name in kwargs if isinstance(kwargs, dict) else ():
             if name in _NOT_OF_A_TEMPLATE:
                 raise Refused(400, f"chat_template_kwargs may not contain {name}", name)
         if document.get("chat_template"):
             raise Refused(400, "templates in a request are not taken here", "chat_template")
+        return formed
 
     def _check_counts(self, document: dict) -> None:
+        for name in _NUMBERS:
+            value = document.get(name)
+            if isinstance(value, str):
+                raise Refused(400, f"{name} is a text, and not a number", name)
+            if isinstance(value, int) and not -_INT64 <= value < _INT64:
+                raise Refused(400, f"{name} is too large a number", name)
+        bias = document.get("logit_bias")
+        if isinstance(bias, dict) and any(isinstance(value, str) for value in bias.values()):
+            raise Refused(400, "logit_bias has a text, and not a number", "logit_bias")
         choices = 1
         for name in ("n", "best_of"):
             value = document.get(name)
@@ -116,17 +145,22 @@ class Bounds:
             return
         for name, ids in _ids(document):
             for number in ids:
-                if isinstance(number, int) and not 0 <= number < self.vocabulary:
+                # Neither 5.0 nor "5": pydantic would make a token id of them.
+                if type(number) is not int or not 0 <= number < self.vocabulary:
                     raise Refused(
                         400,
-                        f"{name} has {number}, which is not a token id of this model (0 to"
-                        f" {self.vocabulary - 1})",
+                        f"{name} has {str(number)[:40]}, which is not a token id of this model"
+                        f" (0 to {self.vocabulary - 1})",
                         name,
                     )
 
-    def _check_structure(self, document: dict) -> None:
-        asked = {name: document[name] for name in _STRUCTURES if document.get(name)}
-        asked["structured_outputs"] = document.get("structured_outputs")
+    def _check_structure(self, document: dict) -> bool:
+        asked = {name: _opened(document[name]) for name in _STRUCTURES if document.get(name)}
+        if document.get("tool_choice") not in (None, "none", "auto"):
+            # The arguments of a function that must be called are a schema like any other.
+            asked["tools"] = document.get("tools")
+        if _depth(asked) > _MOST_DEPTH:
+            raise Refused(400, f"a form of the answer may be {_MOST_DEPTH} levels deep")
         if len(json.dumps(asked)) > _MOST_SCHEMA:
             raise Refused(400, f"a form of the answer may have {_MOST_SCHEMA} bytes of JSON")
         if not self.patterns:
@@ -138,6 +172,7 @@ class Bounds:
                         " bound (CUDA=130 has a newer one)",
                         name,
                     )
+        return bool(asked)
 
 
 def _parse(body: bytes) -> Any:
@@ -146,11 +181,6 @@ def _parse(body: bytes) -> Any:
     def constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
-    def integer(digits: str) -> int:
-        if len(digits) > 20 or not -_INT64 <= int(digits) < _INT64:
-            raise ValueError(f"the number {digits[:24]}… is too large")
-        return int(digits)
-
     def real(digits: str) -> float:
         value = float(digits)
         if value in (float("inf"), float("-inf")):
@@ -158,13 +188,15 @@ def _parse(body: bytes) -> Any:
         return value
 
     try:
-        document = json.loads(body, parse_constant=constant, parse_int=integer, parse_float=real)
+        document = json.loads(body.decode(), parse_constant=constant, parse_float=real)
         deep = _depth(document) > _MOST_DEPTH
         if b"\\u" in body and b"\\ud" in body.lower():
             # Half a character: no tokenizer takes it.
             json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if "sys.set_int_max_str_digits" in reason:
+            reason = "a number is too large"
         raise Refused(400, f"the body is not JSON as it is taken here: {reason}") from None
     if deep:
         raise Refused(400, f"the body is nested more than {_MOST_DEPTH} levels deep")
@@ -175,11 +207,23 @@ def _is_list_of(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], kinds)
 
 
-def _inner(value: Any) -> list:
-    """Return what may itself have an inside; a long list of numbers has none."""
+def _opened(value: Any) -> Any:
+    """Return a schema as what it is, where it is JSON in a text, here or as structured_outputs."""
     if isinstance(value, dict):
-        return list(value.values())
-    return value if _is_list_of(value, (list, dict)) else []
+        return {name: _opened(inner) if name == "json" else inner for name, inner in value.items()}
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _inner(value: Any) -> list:
+    """Return what of it has an inside itself."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return []
+    return [inner for inner in value if isinstance(inner, (dict, list))]
 
 
 def _depth(document: Any) -> int:
@@ -191,9 +235,11 @@ def _depth(document: Any) -> int:
 
 
 def _names(document: Any) -> Iterator[str]:
-    """Yield the names of all objects inside that have a value."""
+    """Yield the names of all texts inside: a property that is called `pattern` is none."""
     if isinstance(document, dict):
-        yield from (name for name, value in document.items() if value is not None)
+        for name, value in document.items():
+            if isinstance(value, str) or name == "patternProperties":
+                yield name
     for inner in _inner(document):
         yield from _names(inner)
 
@@ -201,17 +247,16 @@ def _names(document: Any) -> Iterator[str]:
 def _ids(document: dict) -> Iterator[tuple[str, list]]:
     """Yield the lists of token ids of a request, with the field they are in."""
     prompt = document.get("prompt")
-    if _is_list_of(prompt, (int,)):
-        yield "prompt", prompt
-    elif _is_list_of(prompt, (list,)):
-        yield from (("prompt", part) for part in prompt if isinstance(part, list))
+    if isinstance(prompt, list) and not all(isinstance(part, str) for part in prompt):
+        lists = [part for part in prompt if isinstance(part, list)]
+        yield from (("prompt", part) for part in (lists or [prompt]))
     for name in ("stop_token_ids", "allowed_token_ids"):
         if isinstance(document.get(name), list):
             yield name, document[name]
     bias = document.get("logit_bias")
     if isinstance(bias, dict):
-        numbers = [key for key in bias if key.lstrip("-").isdecimal() and len(key) < 20]
-        yield "logit_bias", [int(key) for key in numbers]
+        # int() takes "+5", " 5" and "5_0", too, and vLLM calls it.
+        yield "logit_bias", [int(key) if _PLAIN.fullmatch(key) else key for key in bias]
 
 
 def _error(status: int, message: str, param: str | None = None) -> bytes:
@@ -254,6 +299,8 @@ class _Answer:
         self._text = b""
         self.status = 0
         self.first = 0.0
+        # Whether the request asks for an answer of some form.
+        self.formed = False
         self._over = False
 
     async def send(self, message: dict) -> None:
@@ -290,6 +337,9 @@ class _Answer:
         else:
             if status >= 500 and self._dead():
                 status, message = 503, "this replica has lost its engine; it restarts"
+            elif status == 500 and self.formed:
+                # vLLM's engine compiles it, and knows no better word for one that it cannot.
+                status, message = 400, "vLLM cannot give an answer of this form"
             self.status = status
             body = _error(status, message, param)
             headers = [
@@ -320,18 +370,18 @@ class Middleware:
         answer = _Answer(send, lambda: _is_dead(scope))
         try:
             # Timers of asyncio, not of threads: they end what vLLM does for the request, too.
-            async with asyncio.timeout(self.bounds.seconds):
+            async with asyncio.timeout(self.bounds.seconds) as limit:
                 if scope["method"] == "POST":
                     body = await self._body(receive)
-                    self.bounds.check(body)
+                    answer.formed = self.bounds.check(body)
                     receive = _replay(body, receive)
                 await self.app(scope, receive, answer.send)
         except Refused as refused:
             await answer.refuse(refused.status, str(refused), refused.param)
-        except TimeoutError:
-            reason = f"not done in REQUEST_SECONDS={self.bounds.seconds}"
-            await answer.refuse(504, reason)
         except Exception as error:
+            if limit.expired():
+                await answer.refuse(504, f"not done in REQUEST_SECONDS={self.bounds.seconds}")
+                return
             if answer.status:
                 raise
             _log.exception("%s failed", _request_id.get())

@@ -224,5 +224,16 @@ def main(argv: list[str] | None = None) -> int:
     os.execve(program, command, {**environ, **share, **_log_config(settings)})
 
 
+def _noted(argv: list[str] | None = None) -> int:
+    """Run `main`; leave the exit code of an error of ours for scripts/watch.py."""
+    try:
+        return main(argv)
+    except errors.StackError as error:
+        run = Path(os.environ.get("RUN_DIR") or "/run/stack")
+        replica = sys.argv[1] if len(sys.argv) > 1 else "0"
+        (run / f"failed-{replica}").write_text(str(error.exit_code))
+        raise
+
+
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(_noted)

@@ -47,7 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fit: {replicas} replicas of {size} GPU{'s' if size > 1 else ''} each", flush=True)
     settings.run.mkdir(parents=True, exist_ok=True)
     given_up = settings.run / "given-up"
-    for mark in (given_up, *settings.run.glob("answered-*"), *settings.run.glob("starts-*")):
+    for mark in (
+        given_up,
+        *settings.run.glob("answered-*"),
+        *settings.run.glob("starts-*"),
+        *settings.run.glob("failed-*"),
+    ):
         mark.unlink(missing_ok=True)
 
     output = str(log or "/dev/fd/1")

@@ -30,8 +30,8 @@ _CAUSES = (
     (errors.DriverMissing, r"No CUDA GPUs are available|CUDA driver version is insufficient"),
     (
         errors.SettingInvalid,
-        r"vllm serve: error: |api_server\.py: error: |ValidationError|^(?:\(.*?\) )?\S*ValueError: "
-        r"|^error: ",
+        r"^(?:vllm|bound\.py|api_server\.py)(?: serve)?: error: "
+        r"|ValidationError|^(?:\(.*?\) )?\S*ValueError: ",
     ),
 )
 
@@ -81,7 +81,7 @@ class Watch:
         count = len(self.ends[name])
         answered = self.run / f"answered-{name.removeprefix('vllm_')}"
         served = answered.exists() and answered.read_text() == str(pid)
-        found = errors.ServeFailed if served else cause(self.tails[name])
+        found = errors.ServeFailed if served else self._cause(name)
         self.tails[name] = ""
         _say(f"{name} ended by itself; {count} of at most {_MOST_ENDS} times in a row")
         if found is errors.GpuMemoryShort:
@@ -92,6 +92,21 @@ class Watch:
             self.give_up(name, f"{name} cannot start so, however often it is tried", found)
         elif count >= _MOST_ENDS:
             self.give_up(name, f"{name} ended {count} times in a row", found)
+
+    def _cause(self, name: str) -> type[errors.StackError]:
+        """Return our own error that scripts/serve.py has noted, or what vLLM's last words mean."""
+        note = self.run / f"failed-{name.removeprefix('vllm_')}"
+        if note.exists():
+            code = int(note.read_text())
+            note.unlink()
+            own = [error for error in errors.StackError.__subclasses__() if error.exit_code == code]
+            return own[0] if own else errors.ServeFailed
+        return cause(self.tails[name])
+
+    def fatal(self, name: str) -> None:
+        """Give up what has ended within seconds of each of its starts."""
+        found = self._cause(name) if name.startswith("vllm_") else errors.ServeFailed
+        self.give_up(name, f"{name} ended within seconds of each of its starts", found)
 
     def give_up(self, name: str, reason: str, error: type[errors.StackError]) -> None:
         """Leave a replica stopped; end everything when it was the last one."""
@@ -121,9 +136,7 @@ def main() -> int:
         if kind == "PROCESS_LOG_STDOUT":
             watch.printed(name, text)
         elif kind == "PROCESS_STATE_FATAL":
-            watch.give_up(
-                name, f"{name} ended within seconds of each of its starts", errors.ServeFailed
-            )
+            watch.fatal(name)
         elif event.get("groupname") == "vllm":
             _end_group(int(event["pid"]))
             if kind == "PROCESS_STATE_EXITED":

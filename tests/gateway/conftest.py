@@ -144,9 +144,13 @@ else: raise SystemExit('no such process')
 
         return dict(os.environ)
 
+    def accepted(self) -> list[str]:
+        """Return the gateway's lines of all chats so far that it let in."""
+        return re.findall(r"^gateway: .* POST /v1/chat/completions .*$", self.gateway_log(), re.M)
+
     def retries(self) -> int:
         """Requests so far that the gateway has given to a second replica."""
-        return len(re.findall(r" retries=\+?[1-9]", self.gateway_log()))
+        return len([line for line in self.accepted() if re.search(r" retries=\+?[1-9]", line)])
 
     def ask(self, **more: object) -> requests.Response:
         body = {"model": "glm-4-9b-chat", "prompt": "你好", "max_tokens": 4, "temperature": 0}

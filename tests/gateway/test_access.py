@@ -195,7 +195,7 @@ def test_tokenize_is_there_when_asked_for(gateway: Gateway) -> None:
     is_error(requests.post(f"{gateway.url}/tokenize", json=body, timeout=30), 404)
     with changed(gateway, OFFER_TOKENIZE="1"):
         answer = requests.post(f"{gateway.url}/tokenize", json=body, timeout=30)
-        assert answer.status_code == 200 and answer.json()["count"] == 6, answer.text
+        assert answer.status_code == 200 and answer.json()["count"] >= 6, answer.text
 
 
 @contextlib.contextmanager
@@ -358,9 +358,13 @@ def alone(*options: str, **environ: str) -> Iterator[tuple[str, int]]:
     name, port = f"glm4-test-{uuid.uuid4().hex[:8]}", free_port()
     words = [f"--env={name_}={value}" for name_, value in environ.items()]
     command = ["docker", "run", "--detach", "--name", name, "--read-only", "--cap-drop=ALL"]
-    command += ["--tmpfs=/run/stack:uid=10001,gid=10001", f"--publish=127.0.0.1:{port}:8000"]
-    run(*command, "--env=GATEWAY_BIND=:8000", "--env=VARIANT=cpu", *words, *options,
-        "glm4-stack:dev-gateway").check()  # fmt: skip
+    command += [
+        "--tmpfs=/run/stack:uid=10001,gid=10001",
+        "--volume=/keys",
+        f"--publish=127.0.0.1:{port}:8000",
+    ]
+    command += ["--env=GATEWAY_BIND=:8000", "--env=AGENT_PORT=8090", "--env=VARIANT=cpu"]
+    run(*command, *words, *options, "glm4-stack:dev-gateway").check()
     try:
         yield name, port
     finally:

@@ -155,7 +155,8 @@ def inside(root: Path, values: dict[str, str], *program: str) -> list[str]:
 def command(root: Path | None, image: str, port: int, models: Path, more: dict[str, str]) -> list:
     """Return the command that runs the entry point, in an unpacked root or in Docker."""
     if root:
-        return inside(root, settings(port, more), "python", "-m", "scripts.supervise")
+        words = ["--gateway"] if "AGENT_PORT" in more else []
+        return inside(root, settings(port, more), "python", "-m", "scripts.supervise", *words)
     values = settings(8000, {**more, "HOST": "0.0.0.0"})
     pairs = [word for name, value in values.items() for word in ("--env", f"{name}={value}")]
     places = ["--tmpfs=/tmp", "--tmpfs=/run/stack:uid=10001,gid=10001", "--shm-size=2g"]

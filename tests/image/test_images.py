@@ -58,7 +58,7 @@ class Image:
 
     @property
     def name(self) -> str:
-        return f"glm4-stack:dev-{self.variant.name if self.variant else 'download'}"
+        return f"glm4-stack:dev-{self.variant.name if self.variant else self.target}"
 
     @property
     def lock(self) -> Path:
@@ -82,6 +82,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = metafunc.config.getoption("--variants").split(",")
     serve = [Image("serve", KNOWN[name]) for name in chosen]
     sets = {
+        "any_image": [Image("gateway"), Image("download"), *serve],
         "image": [Image("download"), *serve],
         "serve": serve,
         "gpu_image": [image for image in serve if image.variant.cuda],
@@ -94,53 +95,53 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def built(request: pytest.FixtureRequest) -> None:
     """The images that a test asks for, by `make build`."""
-    for name in ("image", "serve", "gpu_image"):
+    for name in ("any_image", "image", "serve", "gpu_image"):
         if name in request.fixturenames:
             variant = request.getfixturevalue(name).variant or KNOWN["cpu"]
             request.getfixturevalue("build_images")(variant.short)
 
 
-def test_runs_as_a_user_with_a_passwd_entry_and_a_home(image: Image) -> None:
-    assert image.inspect()["Config"]["User"] == "10001:10001"
-    image.inside(
+def test_runs_as_a_user_with_a_passwd_entry_and_a_home(any_image: Image) -> None:
+    assert any_image.inspect()["Config"]["User"] == "10001:10001"
+    any_image.inside(
         "sh", "-c", "id -un && test -d ~stack && stat -c owner:%u /models /caches"
     ).check().says("stack", "owner:10001\nowner:10001")
 
 
-def test_labels_say_what_it_is(image: Image) -> None:
-    labels = image.inspect()["Config"]["Labels"]
+def test_labels_say_what_it_is(any_image: Image) -> None:
+    labels = any_image.inspect()["Config"]["Labels"]
     head = run("git", "rev-parse", "HEAD").output.strip()
-    assert labels["org.opencontainers.image.title"] == f"glm4-stack {image.target}"
+    assert labels["org.opencontainers.image.title"] == f"glm4-stack {any_image.target}"
     assert labels["org.opencontainers.image.version"] == "dev"
     assert labels["org.opencontainers.image.revision"] == head
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
-    if image.variant:
-        assert labels["variant"] == image.variant.name
-        assert labels["cuda"] == image.variant.cuda
-        assert labels["vllm"] == image.variant.vllm
+    if any_image.variant:
+        assert labels["variant"] == any_image.variant.name
+        assert labels["cuda"] == any_image.variant.cuda
+        assert labels["vllm"] == any_image.variant.vllm
 
 
-def test_no_build_tool_or_cache_is_left(image: Image) -> None:
+def test_no_build_tool_or_cache_is_left(any_image: Image) -> None:
     # Triton needs gcc at run time; an image without Triton has none.
-    tools = "uv" if image.variant and image.variant.cuda else "uv gcc cc"
+    tools = "uv" if any_image.variant and any_image.variant.cuda else "uv gcc cc"
     script = (
         "for d in /root/.cache /home/stack/.cache /uv /wheels; do [ -e $d ] && echo left: $d; done;"
         f" for c in {tools}; do command -v $c && echo left: $c; done; true"
     )
-    assert "left" not in image.inside("sh", "-c", script).check().output
+    assert "left" not in any_image.inside("sh", "-c", script).check().output
 
 
-def test_no_file_is_setuid_in_the_environment_or_world_writable(image: Image) -> None:
+def test_no_file_is_setuid_in_the_environment_or_world_writable(any_image: Image) -> None:
     script = (
         "{ find /opt /app -perm /6000 -type f;"
         " find / -xdev -perm -0002 -type f -not -path '/proc/*'; } 2>/dev/null"
     )
-    assert image.inside("sh", "-c", script).output.strip() == ""
+    assert any_image.inside("sh", "-c", script).output.strip() == ""
 
 
-def test_history_and_environment_hold_no_secret(image: Image) -> None:
-    history = run("docker", "history", "--no-trunc", image.name).check().output
-    shown = history + json.dumps(image.inspect()["Config"])
+def test_history_and_environment_hold_no_secret(any_image: Image) -> None:
+    history = run("docker", "history", "--no-trunc", any_image.name).check().output
+    shown = history + json.dumps(any_image.inspect()["Config"])
     assert not re.search(r"(?i)(password|secret_key|token=)", shown), shown
 
 

@@ -1,5 +1,7 @@
 """vLLM's command line and environment."""
 
+import json
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 from scripts import gpu, serve, variants
 from scripts.settings import Settings
+from tests.stacks import ROOT, run
 
 
 def command(**environ: str) -> list[str]:
@@ -69,12 +72,69 @@ def test_starts_without_an_answer_are_counted_and_an_answer_ends_the_count(
     counts = []
     for pid in (11, 12, 13):
         monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
-        counts.append(serve._failed_starts(tmp_path))
+        counts.append(serve._failed_starts(tmp_path, 0))
     assert counts == [0, 1, 2]
-    # health.py notes the process that answered.
-    (tmp_path / "answered").write_text("13")
+    # agent.py notes the process that answered.
+    (tmp_path / "answered-0").write_text("13")
     monkeypatch.setattr("os.getpid", lambda: 14)
-    assert serve._failed_starts(tmp_path) == 0
+    assert serve._failed_starts(tmp_path, 1) == 0, "another replica has a count of its own"
+    assert serve._failed_starts(tmp_path, 0) == 0
+
+
+def test_every_line_of_vllm_gets_the_bounds_on_requests() -> None:
+    for variant in variants.load():
+        words = " ".join(command(VARIANT=variant))
+        assert "--middleware scripts.middleware.Middleware" in words
+        settings = Settings.from_environ({"VARIANT": variant})
+        environment = serve.environment(settings, {"PYTHONPATH": "/elsewhere"}, 151_552)
+        assert environment["PYTHONPATH"] == str(ROOT)
+        assert environment["VOCABULARY"] == "151552"
+        # Those before 0.20 compile a client's expression without a bound.
+        new = variants.number(variants.load()[variant].vllm) >= (0, 20)
+        assert environment["TAKE_PATTERNS"] == ("1" if new else "0"), variant
+
+
+def test_each_replica_has_a_port_of_its_own() -> None:
+    settings = Settings.from_environ({"REPLICA_PORT": "8001", "REPLICA_HOST": "0.0.0.0"})
+    for replica in range(3):
+        words = " ".join(serve.arguments(settings, Path("/models/a/b"), replica))
+        assert f"--host 0.0.0.0 --port {8001 + replica}" in words
+
+
+def test_each_replica_gets_its_own_gpus() -> None:
+    cards = [gpu.Gpu(number, "card", (9, 0), 80 << 30, 80 << 30) for number in range(4)]
+    settings = Settings.from_environ({"REPLICAS": "2", "TENSOR_PARALLEL_SIZE": "2"})
+    shares = [serve._share_of(replica, settings, cards) for replica in range(2)]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["0,1", "2,3"]
+
+
+def test_replicas_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {2, 3, 4, 5})
+    settings = Settings.from_environ(
+        {"VARIANT": "cpu", "REPLICAS": "2", "TENSOR_PARALLEL_SIZE": "1"}
+    )
+    shares = [serve._share_of(replica, settings, []) for replica in range(2)]
+    assert [share["VLLM_CPU_OMP_THREADS_BIND"] for share in shares] == ["2,3", "4,5"]
+    alone = Settings.from_environ({"VARIANT": "cpu", "REPLICAS": "1"})
+    assert serve._share_of(0, alone, []) == {}
+
+
+def test_json_logs_are_asked_for_by_a_file_that_logging_takes(tmp_path: Path) -> None:
+    assert serve._log_config(Settings.from_environ({"RUN_DIR": str(tmp_path)})) == {}
+    settings = Settings.from_environ({"RUN_DIR": str(tmp_path), "LOG_FORMAT": "json"})
+    path = serve._log_config(settings)["VLLM_LOGGING_CONFIG_PATH"]
+    script = (
+        "import json, logging, logging.config, sys;"
+        "logging.config.dictConfig(json.load(open(sys.argv[1])));"
+        "logging.getLogger('vllm.engine').info('two\\nlines')"
+    )
+    done = run(sys.executable, "-c", script, path).check()
+    line = json.loads(done.output)
+    assert (line["logger"], line["message"], line["request_id"]) == (
+        "vllm.engine",
+        "two\nlines",
+        "-",
+    )
 
 
 def test_secrets_are_masked_when_printed() -> None:

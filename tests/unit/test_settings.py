@@ -56,6 +56,16 @@ def test_remote_code_runs_unasked_for_the_default_model_only() -> None:
         ("MODEL_SOURCES", "modelscope.cn", "URLs of hubs"),
         ("MODEL_SOURCES", ",", "URLs of hubs"),
         ("VERIFY", "md5", "size or full"),
+        ("REPLICAS", "9", "auto, or a whole number from 1 to 8"),
+        ("HANG_SECONDS", "1", "from 2"),
+        ("MAX_CHOICES", "0", "from 1"),
+        ("MAX_BODY_MB", "2g", "whole number"),
+        ("LOG_FORMAT", "xml", "text or json"),
+        ("ALLOWED_HOSTS", "gpu.lan:8000", "without ports"),
+        ("ALLOWED_ORIGINS", "localhost:3000", "http://localhost:3000"),
+        ("KEY_RATE", "-1", "from 0"),
+        ("QUEUE_SECONDS", "soon", "whole number"),
+        ("OFFER_TOKENIZE", "on", "1 or 0"),
     ],
 )
 def test_a_wrong_value_is_refused_with_name_value_and_what_is_allowed(
@@ -69,15 +79,39 @@ def test_a_wrong_value_is_refused_with_name_value_and_what_is_allowed(
 
 @pytest.mark.parametrize("argument", ["--port 1", "--port=1", "--max_model_len 9", "-tp 2"])
 def test_arguments_that_are_settings_are_refused(argument: str) -> None:
-    with pytest.raises(SettingInvalid, match="the setting for it"):
+    with pytest.raises(SettingInvalid, match="which is there for it"):
         Settings.from_environ({"VLLM_ARGS": argument})
 
 
 def test_a_key_among_the_arguments_is_refused_and_not_shown() -> None:
     with pytest.raises(SettingInvalid) as refusal:
         Settings.from_environ({"VLLM_ARGS": "--api-key sk-very-secret"})
-    assert "VLLM_API_KEY" in str(refusal.value)
+    assert "make key NAME=" in str(refusal.value)
     assert "sk-very-secret" not in str(refusal.value)
+
+
+def test_the_key_of_vllm_itself_is_refused_and_not_shown() -> None:
+    with pytest.raises(SettingInvalid) as refusal:
+        Settings.from_environ({"VLLM_API_KEY": "sk-very-secret"})
+    for way in ("VLLM_API_KEY", "make key NAME=alice", "docker compose run --rm key add alice"):
+        assert way in str(refusal.value)
+    assert "sk-very-secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "opened"),
+    [("127.0.0.1", False), ("127.0.0.2", False), ("::1", False), ("0.0.0.0", True), ("::", True)],
+)
+def test_whatever_is_not_loopback_is_open_to_others(host: str, opened: bool) -> None:
+    assert Settings.from_environ({"HOST": host}).open_to_others is opened
+
+
+def test_lists_of_hosts_and_origins_are_split_at_commas() -> None:
+    settings = Settings.from_environ(
+        {"ALLOWED_HOSTS": "gpu.lan, [fe80::1]", "ALLOWED_ORIGINS": "http://localhost:3000,*"}
+    )
+    assert settings.allowed_hosts == ("gpu.lan", "[fe80::1]")
+    assert settings.allowed_origins == ("http://localhost:3000", "*")
 
 
 def test_a_chat_template_that_is_not_there_is_refused_by_the_server() -> None:
@@ -95,7 +129,8 @@ def documented() -> dict[str, str]:
 
 def test_env_example_shows_every_setting_with_its_default() -> None:
     defaults = Settings.from_environ({})
-    internal = {"models", "caches", "run"}
+    # Of this runtime: scripts/host.py and compose.yaml set them.
+    internal = {"models", "caches", "keys", "run", "replica_host", "replica_port", "agent_port"}
     for field in fields(Settings):
         if field.name in internal:
             continue
@@ -113,6 +148,10 @@ def test_env_example_and_compose_name_the_same_variables() -> None:
     ours = {"VERSION", "REVISION", "CUDA_LINE", "VLLM_RELEASE", "IMAGE", "HUB_VOLUME"}
     ours |= {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
     assert (passed | set(interpolated)) - ours == set(documented())
+    # A secret must be a file, so compose says none by another word.
+    interpolated = {
+        name: "" if name.startswith("TLS_") else default for name, default in interpolated.items()
+    }
     for name, default in interpolated.items():
         assert name in ours or documented()[name] == default, name
 

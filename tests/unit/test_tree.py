@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from tests.stacks import ROOT
 LAYERS = [
     {"errors"},
     {"presets"},
-    {"settings", "variants", "snapshot", "index", "pins", "progress", "follow"},
-    {"gpu", "sources"},
+    {"settings", "variants", "snapshot", "index", "pins", "progress", "follow", "middleware"},
+    {"gpu", "sources", "keys"},
     {"plan"},
     {"compose", "host", "fetch", "fit"},
     {"doctor"},
@@ -28,7 +29,12 @@ CONTAINER = {
     "serve",
     "supervise",
     "watch",
+    "agent",
     "health",
+    "restart",
+    "middleware",
+    "gateway",
+    "key",
     "rehearsal",
     "install",
     "bound",
@@ -40,6 +46,7 @@ SHARED = {
     "fetch",
     "fit",
     "settings",
+    "keys",
     "snapshot",
     "pins",
     "gpu",
@@ -90,9 +97,15 @@ def test_every_module_says_its_job_in_one_sentence(path: Path) -> None:
     assert first.endswith("."), f"{path.name}: {first!r}"
 
 
-def test_the_python_image_gets_every_script_it_imports() -> None:
+def test_what_runs_inside_vllm_needs_only_the_standard_library() -> None:
+    own, packages = imported(ROOT / "scripts" / "middleware.py")
+    assert own == set()
+    assert packages <= sys.stdlib_module_names
+
+
+def test_each_image_gets_every_script_it_imports() -> None:
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
-    for target in ("download", "serve"):
+    for target in ("download", "serve", "gateway"):
         stage = dockerfile.split(f" AS {target}\n")[1].split("\nFROM ")[0]
         copied = set(re.findall(r"scripts/(\w+)\.py", stage)) - {"__init__"}
         for name in copied:
@@ -107,6 +120,24 @@ def test_readme_shows_the_table_of_variants() -> None:
         cells = [f"`{variant.short}`", variant.cuda or "–", f"{variant.vllm} ({variant.engine})"]
         cells += [variant.least_driver or "–", capabilities, variant.why]
         assert f"| {' | '.join(cells)} |" in readme
+
+
+def test_readme_shows_the_table_of_advisories() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for variant in variants.load().values():
+        for known in variant.advisories:
+            row = (", ".join(known.ids), known.what, known.contained)
+            rows.setdefault(row, []).append(f"`{variant.short}`")
+    for (ids, what, contained), names in rows.items():
+        assert f"| {ids} | {', '.join(names)} | {what} | {contained} |" in readme
+    assert len(rows) == len(re.findall(r"^\| (?:CVE|GHSA)-", readme, re.MULTILINE))
+
+
+def test_every_advisory_says_what_contains_it() -> None:
+    for variant in variants.load().values():
+        for known in variant.advisories:
+            assert known.contained and "nothing" not in known.contained, known.ids
 
 
 def test_readme_lists_every_exit_code() -> None:
