@@ -25,6 +25,7 @@ class ComposeRuntime:
 
     def __init__(self, chosen: Plan) -> None:
         self.plan = chosen
+        self._opened = False
         # The command line client takes its settings from our environment, as a user's shell would.
         os.environ.update(chosen.environ)
         self.docker = DockerClient(
@@ -189,8 +190,16 @@ class ComposeRuntime:
 
     def start(self) -> None:
         """Create and start the services; those that run unchanged stay as they are."""
+        self._up("serve")
+
+    def open(self) -> None:
+        """Start the gateway, now that there is something behind it."""
+        self._opened = True
         more = ["metrics"] if self.plan.environ.get("METRICS_BIND") else []
-        if self._run("--profile", "metrics", "up", "--detach", "gateway", *more):
+        self._up("gateway", *more)
+
+    def _up(self, *services: str) -> None:
+        if self._run("--profile", "metrics", "up", "--detach", *services):
             raise errors.ServeFailed(
                 "`docker compose up` ended with an error", "a started server", "see above"
             )
@@ -198,7 +207,7 @@ class ComposeRuntime:
     def state(self) -> tuple[str, str]:
         """Return (ready, starting or ended; what is known about it)."""
         told = []
-        for service in ("serve", "gateway"):
+        for service in ("serve", "gateway") if self._opened else ("serve",):
             found = self.docker.compose.ps(services=[service], all=True)
             if not found:
                 return "ended", f"there is no container of {service}"
@@ -207,7 +216,7 @@ class ComposeRuntime:
                 return "ended", f"the container of {service} ended with code {state.exit_code}"
             told.append(state.health.status if state.health else "unknown")
         ready = all(health == "healthy" for health in told)
-        return ("ready" if ready else "starting"), f"server {told[0]}, gateway {told[1]}"
+        return ("ready" if ready else "starting"), f"server and gateway: {', '.join(told)}"
 
     def tail(self, lines: int) -> str:
         """Return the last lines of the server's log, and of the gateway's if it has ended."""

@@ -31,8 +31,8 @@ _SOCKET_PATH = 107 - len("/supervisor.sock.12345678")
 # docker/haproxy.cfg is written for it; Ubuntu 22.04 has it.
 _LEAST_HAPROXY = (2, 4)
 _DOTTED = ".".join(map(str, _LEAST_HAPROXY))
-# What HAProxy loads that a small system may lack.
-_HAPROXY = ["haproxy", "liblua5.3-0", "libopentracing-c-wrapper0", "libopentracing1"]
+# What HAProxy loads that a small system may lack, as Debian and Ubuntu call it.
+_OF_HAPROXY = re.compile(r"lib(lua|opentracing)[\w.-]*")
 
 
 def state_folder() -> Path:
@@ -207,7 +207,7 @@ class HostRuntime:
         if not shutil.which("haproxy", path=path) and not own.exists():
             print(f"build: fetching Debian's haproxy into {own}", flush=True)
             with tempfile.TemporaryDirectory() as folder:
-                if _fetch(_HAPROXY, Path(folder)):
+                if _fetch(["haproxy"], Path(folder), _OF_HAPROXY):
                     shutil.copytree(Path(folder, "root"), own, symlinks=True)
         program = shutil.which("haproxy", path=path)
         if not program:
@@ -360,6 +360,9 @@ class HostRuntime:
                 start_new_session=True,
             )
 
+    def open(self) -> None:
+        """Nothing more to start: the gateway runs under the same supervisor."""
+
     def _started_with(self) -> str:
         names = ["MODEL", *(field.name.upper() for field in fields(Settings))]
         environ = {name: self.plan.environ[name] for name in names if name in self.plan.environ}
@@ -472,17 +475,26 @@ def _free_ports(count: int) -> int:
     raise errors.PortTaken(f"no {count} free ports in a row", "so many", "end what listens here")
 
 
-def _fetch(packages: list[str], folder: Path) -> bool:
-    """Unpack Debian packages into `folder`/root, with package lists of our own: needs no root."""
+def _fetch(packages: list[str], folder: Path, more: re.Pattern | None = None) -> bool:
+    """Unpack Debian packages into `folder`/root, with package lists of our own: needs no root.
+
+    What they depend on comes too, where its name matches `more`.
+    """
     if not shutil.which("apt-get"):
         return False
     (folder / "lists" / "partial").mkdir(parents=True)
     options = [f"-oDir::State::lists={folder}/lists", "-oDir::Cache::pkgcache="]
     options += ["-oDir::Cache::srcpkgcache=", "-oAPT::Sandbox::User=root", "-qq"]
     options += ["-oAcquire::Retries=0", "-oAcquire::http::Timeout=10"]
-    for action in (["update"], ["download", *packages]):
-        done = subprocess.run(["apt-get", *options, *action], cwd=folder, timeout=300)
-        if done.returncode:
-            return False
+    if subprocess.run(["apt-get", *options, "update"], cwd=folder, timeout=300).returncode:
+        return False
+    if more:
+        command = ["apt-cache", *options, "depends", "--recurse", "--important", *packages]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+        found = {line for line in done.stdout.splitlines() if more.fullmatch(line)}
+        packages = [*packages, *sorted(found)]
+    download = ["apt-get", *options, "download", *packages]
+    if subprocess.run(download, cwd=folder, timeout=300).returncode:
+        return False
     unpack = [["dpkg", "--extract", str(deb), str(folder / "root")] for deb in folder.glob("*.deb")]
     return all(subprocess.run(words, timeout=60).returncode == 0 for words in unpack)

@@ -40,6 +40,8 @@ def up(chosen: Plan) -> int:
     _say("starting vLLM")
     runtime.start()
     _wait(runtime)
+    runtime.open()
+    _wait(runtime)
     _say(f"ready after {time.monotonic() - began:.0f} s")
     name = chosen.settings.served_model_name
     auth = "-H 'Authorization: Bearer <key>' " if chosen.settings.open_to_others else ""

@@ -364,6 +364,7 @@ def alone(*options: str, **environ: str) -> Iterator[tuple[str, int]]:
         f"--publish=127.0.0.1:{port}:8000",
     ]
     command += ["--env=GATEWAY_BIND=:8000", "--env=AGENT_PORT=8090", "--env=VARIANT=cpu"]
+    command += ["--env=REPLICA_PORT=8001"]
     run(*command, *words, *options, "glm4-stack:dev-gateway").check()
     try:
         yield name, port
