@@ -168,7 +168,7 @@ def test_a_wrong_setting_ends_the_container_at_once_with_its_own_code(compose_st
 
 def test_crashes_are_retried_a_few_times_and_then_end_the_container(compose_stack: Stack) -> None:
     # A middleware that cannot be made: a cause that nobody knows, so it might pass.
-    broken = {"VLLM_ARGS": "--middleware zipfile.ZipFile"}
+    broken = {"VLLM_ARGS": "--kv-cache-memory-bytes 268435456 --middleware zipfile.ZipFile"}
     done = compose_stack.compose("up", "-d", "--wait", **broken)
     assert done.returncode != 0, done.explain("a code that is not 0")
     logs = compose_stack.compose("logs", "serve").output
