@@ -9,7 +9,7 @@ from python_on_whales import Container, DockerClient
 from python_on_whales.components.system.models import SystemInfo
 from python_on_whales.exceptions import DockerException
 
-from scripts import errors, keys, pins, plan
+from scripts import errors, pins, plan
 from scripts.plan import ROOT, Plan
 
 # The base image of every variant, and what `make engine` makes where no registry answers.
@@ -241,17 +241,6 @@ class ComposeRuntime:
         if not self.docker.image.exists(self._images()[2]):
             self.build()
         return self._run("run", "--rm", "--no-deps", "--no-TTY", "key", *arguments)
-
-    def require_keys(self) -> None:
-        """Raise when others reach the endpoint and there is no key: before anything is fetched."""
-        if not self.plan.settings.open_to_others:
-            return
-        run = ["run", "--rm", "--no-deps", "--no-TTY", "key", "list"]
-        command = [*self.docker.client_config.docker_compose_cmd, *run]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120)
-        if done.returncode:
-            raise _ended("key", done.returncode)
-        keys.require(self.plan.settings, bool(done.stdout.strip()))
 
     def logs_hint(self) -> str:
         """Return the command that shows the logs."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts import errors, snapshot, sources
+from scripts import errors, keys, snapshot, sources
 from scripts.fetch import Fetch, pinned_manifest, side_by_side
 from scripts.progress import Progress
 from scripts.settings import Settings
@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     _ends_on_sigterm()
     # All settings, also those of the server: a wrong one must not cost an hour of download first.
     settings = Settings.from_environ()
+    keys.require(settings, bool(keys.load(settings.keys)))
     progress = Progress("download", settings.progress)
     where = snapshot.folder(settings.models, settings.model_id)
     try:

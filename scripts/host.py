@@ -224,10 +224,9 @@ class HostRuntime:
         good = version and (int(version[1]), int(version[2])) >= _LEAST_HAPROXY
         return program if good else ""
 
-    def require_keys(self) -> None:
-        """Raise when others reach the endpoint and there is no key, or no gateway to ask for it."""
+    def _require_gateway(self) -> None:
+        """Raise where something is asked for that a gateway must do, and there is none."""
         settings = self.plan.settings
-        keys.require(settings, bool(keys.load(self.state_dir / "keys")))
         if self._haproxy():
             return
         wanted = {
@@ -261,6 +260,7 @@ class HostRuntime:
 
     def download(self) -> None:
         """Bring the model into the state folder; in a rehearsal from a hub of our own."""
+        self._require_gateway()
         (self.state_dir / "models").mkdir(parents=True, exist_ok=True)
         environ = dict(self.environ)
         with contextlib.ExitStack() as stack:

@@ -34,7 +34,6 @@ def up(chosen: Plan) -> int:
     runtime = doctor.runtime_of(chosen)
     _say("checks passed; building")
     runtime.build()
-    runtime.require_keys()
     _say("downloading")
     runtime.download()
     _say("starting vLLM")

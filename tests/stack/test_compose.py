@@ -145,6 +145,12 @@ def test_stop_lets_a_running_stream_finish(compose_stack: Stack) -> None:
     assert state.startswith("exited") and state.endswith(" 0"), state
 
 
+def test_an_endpoint_for_everybody_is_refused_before_the_download(compose_stack: Stack) -> None:
+    done = compose_stack.compose("run", "--rm", "download", HOST="0.0.0.0").check(2)
+    done.says("HOST=0.0.0.0, and there is no key", "make key NAME=alice")
+    assert "verified" not in done.output
+
+
 def test_restart_keeps_the_download(compose_stack: Stack) -> None:
     compose_stack.compose("down").check()
     done = compose_stack.compose("run", "--rm", "download").check().says("nothing to do")
