@@ -448,9 +448,14 @@ class Json(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+def to_stdout() -> logging.Handler:
+    """Return a handler that writes lines as they are: vLLM puts a prefix before those of print."""
+    return logging.StreamHandler(open(1, "w", buffering=1, encoding="utf-8", closefd=False))
+
+
 def log_config() -> dict:
     """Return the configuration of logging that makes vLLM log in JSON."""
-    handler = {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stdout"}
+    handler = {"()": "scripts.middleware.to_stdout", "formatter": "json"}
     one = {"handlers": ["out"], "level": "INFO", "propagate": False}
     return {
         "version": 1,

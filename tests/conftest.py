@@ -58,6 +58,7 @@ def host_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         "PORT": str(port),
         "RUNTIME": "host",
         "CUDA": "cpu",
+        "LOG_FORMAT": "json",
     }
     stack = Stack(f"http://127.0.0.1:{port}", environ)
     try:

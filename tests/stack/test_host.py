@@ -1,5 +1,6 @@
 """The host runtime: from nothing to a green smoke test, a quick second start, a clean end."""
 
+import json
 import time
 from pathlib import Path
 
@@ -42,6 +43,21 @@ def test_make_models_lists_and_make_pin_pins(host_stack: Stack) -> None:
 
 def test_smoke_tests_are_green(host_stack: Stack) -> None:
     host_stack.run("make", "smoke", URL=host_stack.url).check().says("passed")
+
+
+def test_both_logs_are_json_and_carry_the_same_request_id(host_stack: Stack) -> None:
+    answer = requests.get(f"{host_stack.url}/v1/models", timeout=30)
+    number = answer.headers["x-request-id"]
+    for name in ("gateway.log", "vllm.log"):
+        log = Path(host_stack.environ["STATE_DIR"], "log", name)
+        wait_for(lambda log=log: number in log.read_text(), 10, f"the request in {name}")
+        [line] = [line for line in log.read_text().splitlines() if number in line]
+        assert json.loads(line)["request_id"] == number, line
+
+
+def test_a_host_open_to_others_is_refused_without_a_key(host_stack: Stack) -> None:
+    done = host_stack.run("make", "download", HOST="0.0.0.0").check(2)
+    done.says("HOST=0.0.0.0, and there is no key")
 
 
 def test_a_second_make_up_changes_nothing_and_is_quick(host_stack: Stack) -> None:
