@@ -61,7 +61,7 @@ class ComposeRuntime:
 
     def check_port(self) -> None:
         """Raise when another process listens where the endpoint would."""
-        if not self._serving():
+        if not self._gateway():
             plan.check_port(self.plan)
 
     def _info(self) -> SystemInfo:
@@ -97,8 +97,8 @@ class ComposeRuntime:
         """Whether the images are there."""
         return all(self.docker.image.exists(image) for image in self._images())
 
-    def _serving(self, service: str = "gateway") -> Container | None:
-        found = self.docker.compose.ps(services=[service], all=True)
+    def _gateway(self) -> Container | None:
+        found = self.docker.compose.ps(services=["gateway"], all=True)
         running = [container for container in found if container.state.status == "running"]
         return running[0] if running else None
 
@@ -220,12 +220,12 @@ class ComposeRuntime:
 
     def tail(self, lines: int) -> str:
         """Return the last lines of the server's log, and of the gateway's if it has ended."""
-        services = ["serve"] if self._serving() else ["serve", "gateway"]
+        services = ["serve"] if self._gateway() else ["serve", "gateway"]
         return self.docker.compose.logs(services=services, tail=str(lines), no_log_prefix=True)
 
     def url(self) -> str:
         """Return the endpoint's base URL, from the port that the engine publishes."""
-        container = self._serving()
+        container = self._gateway()
         ports = (container.network_settings.ports or {}).get("8000/tcp") if container else None
         if not ports:
             return self.plan.endpoint

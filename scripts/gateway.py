@@ -113,7 +113,7 @@ def main() -> int:
     program = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if not program:
         raise errors.HostUnfit(
-            "haproxy is not installed", "HAProxy 2.6 or newer", "as root: apt-get install haproxy"
+            "haproxy is not installed", "HAProxy", "as root: apt-get install haproxy"
         )
     scheme = "https" if text else "http"
     print(f"gateway: HAProxy on {scheme}://{bind}", flush=True)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -117,7 +118,7 @@ else: raise SystemExit('no such process')
         process = subprocess.Popen(
             [*command, "--exit-code-on-error", "0"],
             cwd=ROOT,
-            env={**self.environ_of_load(), "OUTCOMES": str(file), **environ},
+            env={**os.environ, "OUTCOMES": str(file), **environ},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -138,11 +139,6 @@ else: raise SystemExit('no such process')
                 process.kill()
                 process.wait(timeout=30)
             log.close()
-
-    def environ_of_load(self) -> dict[str, str]:
-        import os
-
-        return dict(os.environ)
 
     def accepted(self) -> list[str]:
         """Return the gateway's lines of all chats so far that it let in."""

@@ -206,11 +206,11 @@ def changed(gateway: Gateway, **environ: str) -> Iterator[None]:
         gateway.compose("up", "-d", "--no-deps", "--wait", "gateway", **more).check()
         wait_for(lambda: gateway.servers_up() == 2, 15, "two servers that are up")
 
-    up(VERSION="dev", **environ)
+    up(**environ)
     try:
         yield
     finally:
-        up(VERSION="dev")
+        up()
 
 
 def raw(gateway: Gateway, head: str, body: bytes = b"", seconds: float = 20) -> bytes:

@@ -17,23 +17,18 @@ def _judge(what: str, outcomes: Outcomes, least: int = 200) -> None:
     assert not outcomes.failed, f"{outcomes}\n{outcomes.failed[:3]}"
 
 
-def test_an_engine_killed_loses_no_request_that_had_not_begun(
-    gateway: Gateway, tmp_path: Path
+@pytest.mark.parametrize(
+    ("what", "process"),
+    [("an engine", "VLLM::EngineCore"), ("an API server", "vllm serve")],
+    ids=["engine", "api-server"],
+)
+def test_a_process_killed_loses_no_request_that_had_not_begun(
+    gateway: Gateway, tmp_path: Path, what: str, process: str
 ) -> None:
     with gateway.load(tmp_path, 45) as end:
-        gateway.kill("VLLM::EngineCore")
+        gateway.kill(process)
         outcomes = end()
-    _judge("kill -9 of an engine", outcomes)
-    gateway.wait_whole()
-
-
-def test_an_api_server_killed_loses_no_request_that_had_not_begun(
-    gateway: Gateway, tmp_path: Path
-) -> None:
-    with gateway.load(tmp_path, 45) as end:
-        gateway.kill("vllm serve")
-        outcomes = end()
-    _judge("kill -9 of an API server", outcomes)
+    _judge(f"kill -9 of {what}", outcomes)
     gateway.wait_whole()
 
 
