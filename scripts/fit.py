@@ -339,9 +339,14 @@ def resolve(
 
 def _pieces(settings: Settings, gpus: list[Gpu], variant: Variant) -> bool:
     """Tell whether vLLM is asked to take prompts in pieces, which V1 does by itself."""
-    words = " ".join(settings.vllm_args).replace("_", "-")
     capable = all(gpu.capability >= _PIECES_SINCE for gpu in gpus)
-    return variant.engine == "V0" and capable and not any(flag in words for flag in _BATCHING)
+    return variant.engine == "V0" and capable and not sets_batching(settings)
+
+
+def sets_batching(settings: Settings) -> bool:
+    """Tell whether VLLM_ARGS decide how batches are made."""
+    words = " ".join(settings.vllm_args).replace("_", "-")
+    return any(flag in words for flag in _BATCHING)
 
 
 def _most(shape: Shape, variant: Variant, pieces: bool) -> int:

@@ -137,9 +137,9 @@ HARDENED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges",
 # Runs a file with the environment that vLLM gets; its own folder is not the program's.
 AS_VLLM = """
 import os, sys
-from scripts import serve
+from scripts import dialect
 from scripts.settings import Settings
-environment = serve.environment(Settings.from_environ(), os.environ)
+environment = dialect.environment(Settings.from_environ(), os.environ)
 os.execve(sys.executable, ["python", *sys.argv[1:]], environment)
 """
 

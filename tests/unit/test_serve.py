@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import gpu, serve, variants
+from scripts import dialect, gpu, serve, variants
 from scripts.settings import Settings
 from tests.stacks import ROOT, run
 
@@ -39,14 +39,14 @@ def test_the_old_ptxas_is_used_with_old_drivers_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings = Settings.from_environ({"VARIANT": "cu118"})
-    assert "TRITON_PTXAS_PATH" not in serve.environment(settings, {})
+    assert "TRITON_PTXAS_PATH" not in dialect.environment(settings, {})
     ptxas = tmp_path / "nvidia/cuda_nvcc/bin/ptxas"
     ptxas.parent.mkdir(parents=True)
     ptxas.touch()
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     for driver, path in {"470.82": str(ptxas), "525.60.13": None, "580.65": None}.items():
         monkeypatch.setattr(gpu, "look", lambda driver=driver: (driver, []))
-        environment = serve.environment(settings, {})
+        environment = dialect.environment(settings, {})
         assert environment.get("TRITON_PTXAS_PATH") == path, driver
         assert environment["TRITON_CACHE_DIR"] == "/caches/cu118/triton"
 
@@ -86,7 +86,7 @@ def test_every_line_of_vllm_gets_the_bounds_on_requests() -> None:
         words = " ".join(command(VARIANT=variant))
         assert "--middleware scripts.middleware.Middleware" in words
         settings = Settings.from_environ({"VARIANT": variant})
-        environment = serve.environment(settings, {"PYTHONPATH": "/elsewhere"}, 151_552)
+        environment = dialect.environment(settings, {"PYTHONPATH": "/elsewhere"}, 151_552)
         assert environment["PYTHONPATH"] == str(ROOT)
         assert environment["VOCABULARY"] == "151552"
         # Those before 0.20 compile a client's expression without a bound.
@@ -145,7 +145,7 @@ def test_secrets_are_masked_when_printed() -> None:
 
 
 def test_nothing_is_reported_or_looked_up() -> None:
-    environment = serve.environment(Settings.from_environ({"VARIANT": "cpu"}), {"A": "b"})
+    environment = dialect.environment(Settings.from_environ({"VARIANT": "cpu"}), {"A": "b"})
     for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
         assert environment[name] == "1"
     assert environment["A"] == "b"
