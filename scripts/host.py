@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import IO
 
 import psutil
 
-from scripts import errors, keys, plan
+from scripts import errors, foreground, keys, plan
 from scripts.plan import ROOT, Plan
 from scripts.settings import MOST_REPLICAS, Settings
 from scripts.variants import IMAGES
@@ -283,6 +284,25 @@ class HostRuntime:
         if done.returncode:
             raise _ended(f"`scripts.{name}`", done.returncode)
         return done.stdout
+
+    def tool(
+        self,
+        service: str,
+        *arguments: str,
+        shown: Mapping[str, Path] | None = None,
+        **streams: IO | None,
+    ) -> int:
+        """Run a one-shot of the variant's environment, and return its code.
+
+        `shown` are further arguments that name files. `streams` are its `stdin` and `stdout`;
+        without them it reads nothing.
+        """
+        for name, path in (shown or {}).items():
+            arguments += (name, str(path.resolve()))
+        python = self._venv_python(self.plan.variant.name)
+        module = f"scripts.{service.replace('-', '_')}"
+        run = {"cwd": ROOT, "env": self.environ}
+        return foreground.run([python, "-m", module, *arguments], **streams, **run)
 
     def _job(self, command: list[str], environ: dict[str, str]) -> None:
         code = subprocess.run(command, cwd=ROOT, env=environ).returncode
