@@ -29,7 +29,9 @@ class Job:
 
 _HOST = [
     Job("pyproject.toml", "scripts/host.lock"),
-    Job("pyproject.toml", "tests/dev.lock", ("--extra", "dev")),
+    Job("pyproject.toml", "tests/dev.lock", ("--extra", "dev", "--extra", "bench")),
+    # The versions of the one before: both are installed into the same environment.
+    Job("pyproject.toml", "scripts/bench.lock", ("--extra", "bench", "-c", "tests/dev.lock")),
 ]
 
 

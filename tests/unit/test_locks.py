@@ -16,7 +16,8 @@ from scripts import errors, lock, pins, variants
 from tests.stacks import ROOT, run
 
 IMAGES = ROOT / "images"
-LOCKS = [*IMAGES.glob("*.lock"), ROOT / "scripts/host.lock", ROOT / "tests/dev.lock"]
+HOST = [ROOT / "scripts/host.lock", ROOT / "scripts/bench.lock", ROOT / "tests/dev.lock"]
+LOCKS = [*IMAGES.glob("*.lock"), *HOST]
 KNOWN = variants.load()
 GPU = [name for name, variant in KNOWN.items() if variant.cuda]
 # Hosts that a wheel's URL may name: the ordinary index is never one.
@@ -57,6 +58,13 @@ def test_a_lock_pins_every_package_by_hash_and_names_no_index(path: Path) -> Non
     for pin in pins.read(text):
         assert not pin.url or pin.url.startswith(PLACES), pin.url
     assert not re.search(r"--(extra-)?index-url|--find-links|(?<!https)://", text)
+
+
+def test_the_hosts_locks_agree_for_they_share_an_environment() -> None:
+    *smaller, largest = (by_name(pins.read(path.read_text(encoding="utf-8"))) for path in HOST)
+    for pinned in smaller:
+        for name, pin in pinned.items():
+            assert pin.version == largest[name].version, name
 
 
 @pytest.mark.parametrize("name", KNOWN)
