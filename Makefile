@@ -7,7 +7,7 @@ CHOICE := $(if $(CUDA),--cuda $(CUDA)) $(if $(RUNTIME),--runtime $(RUNTIME))
 URL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help up down restart status logs key keys tls build download models pin fit doctor configure smoke test test-gpu lint lock engine
+.PHONY: help up down restart status logs key keys tls build download models pin fit doctor configure generate bench bench-serve bench-start smoke test test-gpu lint lock engine publish release bundle sbom
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -57,6 +57,19 @@ fit: .venv/host ## Show how much context fits: make fit [GPU=rtx3090] [MODEL=…
 pin: .venv/host ## Pin the model on the volume: later downloads must be the same, file by file
 	@$(STACK) pin $(CHOICE)
 
+generate: .venv/host ## Answer prompts without a server: make generate INPUT=prompts.jsonl [OUTPUT=…] [ARGS=…]
+	@$(STACK) $(CHOICE) $(if $(INPUT),--input "$(INPUT)") $(if $(OUTPUT),--output "$(OUTPUT)") \
+	  generate -- $(ARGS) $(if $(PROMPT),"$(PROMPT)")
+
+bench: .venv/bench ## Measure vLLM against transformers and the card's limit: make bench [ARGS="--fp8"]
+	@$(STACK) $(CHOICE) bench -- $(ARGS)
+
+bench-serve: .venv/bench ## Measure a served endpoint under load: make bench-serve [URL=…] [ARGS=…]
+	@$(STACK) $(CHOICE) bench-serve -- $(if $(URL),--url $(URL)) $(ARGS)
+
+bench-start: .venv/bench ## Measure a start, cold and warm, to the first token
+	@$(STACK) $(CHOICE) bench-start -- $(ARGS)
+
 smoke: .venv/dev ## Check a running endpoint, ours or any: make smoke [URL=http://…:8000]
 	@url=$(or $(URL),$$($(STACK) url $(CHOICE))) && $(PY) -m pytest -q tests/smoke --url "$$url"
 
@@ -74,6 +87,18 @@ lock: .venv/host ## Compile a lock file: make lock CUDA=121 [VLLM_VERSION=… RE
 	@$(PY) -m scripts.lock $(CUDA) $(if $(VLLM_VERSION),--vllm $(VLLM_VERSION)) \
 	  $(if $(RESOLVED_BEFORE),--before $(RESOLVED_BEFORE))
 
+publish: .venv/dev ## Build, test and push every image: make publish REGISTRY=host/path[,…] [CUDA=121,cpu]
+	@$(PY) -m scripts.publish --registry "$(REGISTRY)" $(if $(CUDA),--cuda $(CUDA)) $(ARGS)
+
+release: .venv/host ## Write dist/glm4-stack-<version>.tar.gz: what a host needs that only pulls
+	@$(PY) -m scripts.release
+
+bundle: .venv/host ## Write all that a host without a network needs: make bundle CUDA=121 [MODEL=…] [RUNTIME=host]
+	@$(PY) -m scripts.bundle $(CHOICE)
+
+sbom: .venv/host ## Write what the built images contain, and the licences: make sbom CUDA=121
+	@$(PY) -m scripts.contents $(if $(CUDA),--cuda $(CUDA))
+
 engine: .venv/host ## Bring up a Docker engine on a Debian host, as root
 	@$(PY) -m scripts.engine
 
@@ -82,6 +107,10 @@ engine: .venv/host ## Bring up a Docker engine on a Debian host, as root
 	  { echo "error: $(PYTHON) lacks venv or is older than 3.11; on Debian: apt-get install python3-venv"; exit 1; }
 	@echo "preparing .venv"
 	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+.venv/bench: scripts/bench.lock .venv/host
 	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 

@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from python_on_whales import Container, DockerClient
 from python_on_whales.components.system.models import SystemInfo
 from python_on_whales.exceptions import DockerException
 
-from scripts import errors, pins, plan
+from scripts import errors, foreground, pins, plan, version
 from scripts.plan import ROOT, Plan
 
 # The base image of every variant, and what `make engine` makes where no registry answers.
@@ -136,11 +139,18 @@ class ComposeRuntime:
         )
 
     def build(self) -> None:
-        """Build the images of the plan; what is unchanged comes from the cache."""
+        """Build the images of the plan; what is unchanged comes from the cache.
+
+        Those that .env names by digest are fetched instead.
+        """
+        if all("@" in image for image in self._images()):
+            self._fetch()
+            return
         os.environ["BASE_IMAGE"] = self._base()
-        git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        revision = subprocess.run(git, capture_output=True, text=True, timeout=30).stdout.strip()
-        os.environ["REVISION"] = os.environ.get("REVISION") or revision or "unknown"
+        base = self.docker.image.inspect(os.environ["BASE_IMAGE"]).repo_digests or [""]
+        for name, value in version.provenance(ROOT).items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("BASE_DIGEST", base[0].rpartition("@")[2])
         if self._run("build", "download", "serve", "gateway"):
             # The commonest cause, said last and by name: the build's own log is long.
             lock = self.plan.variant.lock.read_text(encoding="utf-8")
@@ -153,6 +163,23 @@ class ComposeRuntime:
                 " of wheels",
             )
         self._check_size()
+
+    def _fetch(self) -> None:
+        """Fetch the images, and raise SettingInvalid when serve's is another variant's."""
+        if not self.is_built() and self._run("pull", "download", "serve", "gateway"):
+            raise errors.BuildFailed(
+                "the images that .env names by digest could not be fetched",
+                "the registry that it names",
+                "`docker login` if it asks who you are; or take SERVE_IMAGE, DOWNLOAD_IMAGE and"
+                " GATEWAY_IMAGE out of .env to build them here",
+            )
+        labels = self.docker.image.inspect(self._images()[1]).config.labels or {}
+        if labels.get("variant") != self.plan.variant.name:
+            raise errors.SettingInvalid(
+                f"SERVE_IMAGE is an image of {labels.get('variant')}",
+                f"one of {self.plan.variant.name}",
+                "take the three images of that variant, or take them out of .env",
+            )
 
     def _check_size(self) -> None:
         """Raise BuildFailed when the serve image is over its budget in images/variants.toml."""
@@ -187,6 +214,33 @@ class ComposeRuntime:
         if done.returncode:
             raise _ended(name, done.returncode)
         return done.stdout
+
+    def tool(
+        self,
+        service: str,
+        *arguments: str,
+        shown: Mapping[str, Path] | None = None,
+        **streams: IO | None,
+    ) -> int:
+        """Run a one-shot on the images and volumes, and return its code.
+
+        `shown` are further arguments that name files, which it may read. `streams` are its `stdin`
+        and `stdout`; without them it reads nothing.
+        """
+        container = f"{service}-{os.getpid()}-{time.time_ns():x}"
+        run = ["run", "--rm", "--no-deps", "--no-TTY", "--name", container]
+        for number, (name, path) in enumerate((shown or {}).items()):
+            run += ["--volume", f"{path.resolve()}:/shown/{number}:ro"]
+            arguments += (name, f"/shown/{number}")
+        run += [service, *arguments]
+
+        def tell(number: int) -> bool:
+            # Without a terminal the client ends at a signal, and leaves its container running.
+            kill = ["docker", "kill", "--signal", str(number), container]
+            return subprocess.run(kill, capture_output=True, timeout=60).returncode == 0
+
+        command = [*self.docker.client_config.docker_compose_cmd, *run]
+        return foreground.run(command, tell=tell, **streams)
 
     def start(self) -> None:
         """Create and start the services; those that run unchanged stay as they are."""

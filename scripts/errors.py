@@ -135,6 +135,18 @@ class PinMismatch(StackError):
     exit_code = 21
 
 
+class PublishRefused(StackError):
+    """What would be published is not fit for it, or a tag that never moves names something else."""
+
+    exit_code = 22
+
+
+class PushFailed(StackError):
+    """A registry does not answer, does not let us in, or did not take an image."""
+
+    exit_code = 23
+
+
 class Terminated(BaseException):
     """SIGTERM has arrived; raised in the main thread where a job has asked for it."""
 

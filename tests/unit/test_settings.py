@@ -146,7 +146,9 @@ def test_env_example_and_compose_name_the_same_variables() -> None:
     interpolated = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", compose))
     # Not for operators: builds set these, and proxies are the shell's.
     ours = {"VERSION", "REVISION", "CUDA_LINE", "VLLM_RELEASE", "IMAGE", "HUB_VOLUME"}
-    ours |= {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
+    ours |= {"CREATED", "SOURCE_URL", "BASE_DIGEST", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
+    # What `make publish` writes has these.
+    ours |= {"SERVE_IMAGE", "DOWNLOAD_IMAGE", "GATEWAY_IMAGE"}
     assert (passed | set(interpolated)) - ours == set(documented())
     # A secret must be a file, so compose says none by another word.
     interpolated = {

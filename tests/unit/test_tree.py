@@ -14,10 +14,24 @@ from tests.stacks import ROOT
 LAYERS = [
     {"errors"},
     {"presets"},
-    {"settings", "variants", "snapshot", "index", "pins", "progress", "follow", "middleware"},
-    {"gpu", "sources", "keys"},
-    {"plan"},
+    {
+        "settings",
+        "variants",
+        "snapshot",
+        "index",
+        "pins",
+        "progress",
+        "follow",
+        "middleware",
+        "sums",
+    },
+    {"version", "registry"},
+    {"gpu", "sources", "keys", "foreground"},
+    {"plan", "dialect", "report"},
     {"compose", "host", "fetch", "fit"},
+    {"roofline", "hf", "prompts", "chart"},
+    {"offline"},
+    {"measure"},
     {"doctor"},
 ]
 LIBRARIES = set().union(*LAYERS)
@@ -37,7 +51,13 @@ CONTAINER = {
     "key",
     "rehearsal",
     "install",
+    "sbom",
     "bound",
+    "generate",
+    "measure",
+    "bench",
+    "bench_serve",
+    "bench_start",
 }
 # Libraries that both sides import.
 SHARED = {
@@ -54,6 +74,12 @@ SHARED = {
     "sources",
     "progress",
     "follow",
+    "dialect",
+    "report",
+    "roofline",
+    "hf",
+    "prompts",
+    "offline",
 }
 HEAVY = {"torch", "vllm", "transformers"}
 MODULES = sorted((ROOT / "scripts").glob("[a-z]*.py"))
