@@ -236,6 +236,8 @@ def main(argv: list[str] | None = None) -> int:
         ServeFailed: vLLM itself could not be measured.
     """
     output = report.claim_output()
+    # The child has a group of its own, which must not outlive this process.
+    errors.end_on_sigterm()
     made = argparse.ArgumentParser(
         prog="bench", description=__doc__.splitlines()[0], parents=[measure.parser()]
     )

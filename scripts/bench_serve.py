@@ -22,7 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 from scripts import errors, report, snapshot, variants
@@ -445,10 +445,6 @@ def _measure_all(
     return levels, None
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise errors.Terminated
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, and write the document to standard output.
 
@@ -458,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
         StackError: not one request of a level was answered.
     """
     output = report.claim_output()
-    signal.signal(signal.SIGTERM, _terminate)
+    errors.end_on_sigterm()
     options = parser().parse_args(argv)
     settings = Settings.from_environ()
     require_client(report.versions().get("vllm"))

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,15 +97,6 @@ def _hash_again(
     return True
 
 
-def _ends_on_sigterm() -> None:
-    """Make SIGTERM end this process, also as PID 1, which the kernel shields from it."""
-
-    def end(*_: object) -> None:
-        raise errors.Terminated
-
-    signal.signal(signal.SIGTERM, end)
-
-
 def _bring(settings: Settings, where: Path, refresh: bool, progress: Progress) -> Snapshot:
     good = None if refresh else _complete(settings, where, progress, hash_again=False)
     try:
@@ -133,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         "--refresh", action="store_true", help="ask the source again: its branch may have moved"
     )
     options = parser.parse_args(argv)
-    _ends_on_sigterm()
+    errors.end_on_sigterm()
     # All settings, also those of the server: a wrong one must not cost an hour of download first.
     settings = Settings.from_environ()
     keys.require(settings, bool(keys.load(settings.keys)))

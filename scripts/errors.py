@@ -1,5 +1,6 @@
 """One exception per cause of failure, each with an exit code and what to do about it."""
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -149,6 +150,15 @@ class PushFailed(StackError):
 
 class Terminated(BaseException):
     """SIGTERM has arrived; raised in the main thread where a job has asked for it."""
+
+
+def end_on_sigterm() -> None:
+    """Make SIGTERM end this process in good order, also as PID 1, which the kernel shields."""
+
+    def end(*_: object) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def run(main: Callable[[], int], end: Callable[[int], NoReturn] = sys.exit) -> NoReturn:

@@ -4,11 +4,10 @@ import argparse
 import contextlib
 import io
 import json
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from scripts import errors, offline, presets, prompts, report, snapshot
 from scripts.prompts import Prompt
@@ -198,10 +197,6 @@ class _Asker:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _end(*_: object) -> NoReturn:
-    raise errors.Terminated
-
-
 def main(argv: list[str] | None = None) -> int:
     """Answer every prompt that has no result yet; bad lines are told and skipped.
 
@@ -210,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         StackError: what `serve` would be refused for.
     """
     output = report.claim_output()
-    signal.signal(signal.SIGTERM, _end)
+    errors.end_on_sigterm()
     options = parser().parse_args(argv)
     settings = Settings.from_environ()
     where = snapshot.require(settings.models, settings.model_id, settings.model_revision)
@@ -248,7 +243,7 @@ def _answer(
     fitted, where = offline.prepare(settings)
     engine = offline.Engine(fitted, where)
     # vLLM's engine may have set its own.
-    signal.signal(signal.SIGTERM, _end)
+    errors.end_on_sigterm()
     ends = defaults(settings, where).get("stop_token_ids")
     asker = _Asker(engine, settings, ends, not options.no_chat_template)
     tokens = 0

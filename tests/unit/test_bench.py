@@ -2,12 +2,17 @@
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from scripts import bench, measure, presets, report, roofline
 from scripts.settings import Settings
+from tests.stacks import ROOT, wait_for
 
 GLM = presets.named("glm-4-9b-chat")
 
@@ -102,6 +107,29 @@ def test_a_row_that_failed_is_in_the_table_and_nothing_is_compared_with_it() -> 
     shown = bench.table(document(failed="it broke"))
     assert "failed: it broke" in shown
     assert "×" not in shown.splitlines()[3]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_nothing_that_is_measured_outlives_the_bench(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    mark, sleeper = tmp_path / "pid", tmp_path / "python"
+    sleeper.write_text(f"#!/bin/sh\necho $$ > {mark}\nexec sleep 100\n")
+    sleeper.chmod(0o755)
+    script = (
+        "import sys; from scripts import bench, errors; errors.end_on_sigterm();"
+        f" sys.executable = {str(sleeper)!r};"
+        " errors.run(lambda: list(bench._lines(['copy'], {}, 90)))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    try:
+        wait_for(lambda: mark.exists() and mark.read_text().strip(), 30, "a child")
+        process.send_signal(number)
+        assert process.wait(timeout=30) == code
+    finally:
+        process.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
 
 
 def test_a_table_has_columns_of_one_width() -> None:

@@ -346,8 +346,8 @@ def test_an_interrupt_ends_the_client_too(
         "str(os.getpid())); time.sleep(100)"
     )
     script = (
-        "import signal; from scripts import bench_serve, errors;"
-        " signal.signal(signal.SIGTERM, bench_serve._terminate);"
+        "from scripts import bench_serve, errors;"
+        " errors.end_on_sigterm();"
         f" errors.run(lambda: bench_serve.run({child!r}, 90))"
     )
     process = subprocess.Popen(python(script), cwd=ROOT, stderr=subprocess.PIPE, text=True)
