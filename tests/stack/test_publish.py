@@ -340,13 +340,18 @@ def test_a_moved_tag_does_not_change_what_runs(
 def test_a_change_of_our_scripts_sends_less_than_a_megabyte(
     clone: Clone, registry: Registry, pulling: PullingHost
 ) -> None:
+    # The engine may have dropped from its cache by now what the one before was built from.
+    clone.commit("v1.2.4")
+    clone.publish(f"{registry.name}/team").check()
+    pulling.bring(clone.folder / "compose.yaml", settings(clone, "1.2.4"))
+    pulling.compose("pull", "--quiet").check()
     for name in ("health", "download", "gateway"):
         script = clone.folder / f"scripts/{name}.py"
         script.write_text(script.read_text(encoding="utf-8") + "\n# Changed.\n", encoding="utf-8")
-    clone.commit("v1.2.4")
+    clone.commit("v1.2.5")
     stored, pulled = registry.size(), pulling.pulled()
-    clone.publish(f"{registry.name}/team").check().says("cpu now names 1.2.4")
-    pulling.bring(clone.folder / "compose.yaml", settings(clone, "1.2.4"))
+    clone.publish(f"{registry.name}/team").check().says("cpu now names 1.2.5")
+    pulling.bring(clone.folder / "compose.yaml", settings(clone, "1.2.5"))
     pulling.compose("pull", "--quiet").check()
     stored, pulled = registry.size() - stored, pulling.pulled() - pulled
     print(f"a change of our scripts: {stored / 1e3:.0f} kB pushed, {pulled / 1e3:.0f} kB pulled")
@@ -366,7 +371,7 @@ def test_one_registry_after_the_other_and_a_dead_one_stops_no_other(
     done.says(f"{registry.name}/other: complete", f"{dead}: incomplete", "docker login")
     if not shutil.which("skopeo"):
         done.says("(gzip)")
-    [env] = (clone.folder / "published").glob("1.2.4-1-g*-cpu.env")
+    [env] = (clone.folder / "published").glob("1.2.5-1-g*-cpu.env")
     assert f"\nSERVE_IMAGE={registry.name}/other/{MINE}@sha256:" in env.read_text()
     for part in PARTS:
         assert registry.digest(f"{registry.name}/other/{MINE}:{env.stem}".replace("cpu", part))
@@ -376,7 +381,7 @@ def test_one_registry_after_the_other_and_a_dead_one_stops_no_other(
 def test_a_clone_with_these_settings_fetches_instead_of_building(
     clone: Clone, registry: Registry
 ) -> None:
-    [env] = (clone.folder / "published").glob("1.2.4-1-g*-cpu.env")
+    [env] = (clone.folder / "published").glob("1.2.5-1-g*-cpu.env")
     shutil.copy(env, clone.folder / ".env")
     build = ["env", f"--chdir={clone.folder}", ".venv/bin/python", "-m", "scripts.stack", "build"]
     image = re.search(r"^SERVE_IMAGE=(.+)$", env.read_text(), re.MULTILINE)[1]

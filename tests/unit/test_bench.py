@@ -121,7 +121,12 @@ def test_nothing_that_is_measured_outlives_the_bench(
         f" sys.executable = {str(sleeper)!r};"
         " errors.run(lambda: list(bench._lines(['copy'], {}, 90)))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        # A shell's background job ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         wait_for(lambda: mark.exists() and mark.read_text().strip(), 30, "a child")
         process.send_signal(number)

@@ -350,7 +350,14 @@ def test_an_interrupt_ends_the_client_too(
         " errors.end_on_sigterm();"
         f" errors.run(lambda: bench_serve.run({child!r}, 90))"
     )
-    process = subprocess.Popen(python(script), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        python(script),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         wait_for(lambda: mark.exists() and mark.read_text(), 30, "a client")
         process.send_signal(number)
